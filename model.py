@@ -1,0 +1,314 @@
+"""The editor: the SD3 family's MMDiT in plain torch, with an adapter that turns it into an image editor.
+
+- One set of weights, three roles, told apart by arguments only: model(x_t, t, prompt) is the frozen base (the teacher),
+  model(x_t, t, prompt, source, adapter) is the editor, and with the averaged adapter it is the bootstrap.
+- The adapter is a plain dict of tensors: LoRA on every attention and MLP projection, plus a second, zero-initialised
+  patch projection through which the clean source latent is added to the noisy one. At step 0 editor and base agree.
+- Key names and numbers are diffusers' (SD3Transformer2DModel); SD3, SD3.5-medium and -large differ by config only.
+- The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical and stay identical through all
+  layers, so one token stands for them, with log 256 added to its attention logit: the same numbers, 255 tokens fewer.
+"""
+import json
+import math
+import pathlib
+import sys
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from frozen.text import CLIPText, Text, Tokenizer
+from frozen.vae import VAE
+
+ROOT = pathlib.Path(__file__).resolve().parent
+T5_ZEROS = 256                                      # diffusers' default max_sequence_length
+NAMED = {                                           # bases one can ask for by a short name
+    "tiny": str(ROOT / "tiny" / "checkpoint"),
+    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
+    "bokeh": "tensorart/bokeh_3.5_medium",
+}
+
+
+class Linear(nn.Linear):
+    """A linear layer that adds the low-rank path B A x where an adapter is given. `name` is set by MMDiT."""
+    name = ""
+
+    def forward(self, x, adapter=None):
+        y = F.linear(x, self.weight, self.bias)
+        if adapter is not None and (down := adapter.get(self.name + ".lora_A.weight")) is not None:
+            y = y + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
+        return y
+
+
+def modulate(x, shift, scale):
+    """adaLN: non-affine LayerNorm, then per-sample scale and shift. x (B, N, D), shift and scale (B, D)"""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Module):
+    """n vectors of width d per sample, from the embedding of time and pooled text."""
+
+    def __init__(self, d, n):
+        super().__init__()
+        self.n, self.linear = n, nn.Linear(d, n * d)
+
+    def forward(self, temb):
+        return self.linear(F.silu(temb)).chunk(self.n, dim=-1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": Linear(d, 4 * d)}), nn.Identity(), Linear(4 * d, d)])
+
+    def forward(self, x, adapter):
+        return self.net[2](F.gelu(self.net[0]["proj"](x, adapter), approximate="tanh"), adapter)
+
+
+class Attention(nn.Module):
+    """Joint attention of image and text tokens, or of image tokens alone (context=None)."""
+
+    def __init__(self, d, heads, qk_norm, joint=True, last=False):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v, self.to_out = Linear(d, d), Linear(d, d), Linear(d, d), nn.ModuleList([Linear(d, d)])
+        if joint:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = Linear(d, d), Linear(d, d), Linear(d, d)
+            if not last:
+                self.to_add_out = Linear(d, d)
+        for name in ("norm_q", "norm_k") + ("norm_added_q", "norm_added_k") * joint:
+            setattr(self, name, nn.RMSNorm(d // heads, eps=1e-6) if qk_norm else nn.Identity())
+
+    def forward(self, x, context=None, bias=None, adapter=None):
+        split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # noqa: E731  (B, N, D) -> (B, H, N, D/H)
+        q, k = self.norm_q(split(self.to_q(x, adapter))), self.norm_k(split(self.to_k(x, adapter)))
+        v = split(self.to_v(x, adapter))
+        if context is not None:                                                 # image tokens first, then text
+            q = torch.cat([q, self.norm_added_q(split(self.add_q_proj(context, adapter)))], 2)
+            k = torch.cat([k, self.norm_added_k(split(self.add_k_proj(context, adapter)))], 2)
+            v = torch.cat([v, split(self.add_v_proj(context, adapter))], 2)
+            bias = bias.to(q.dtype)
+        h = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=bias)
+        h = h.transpose(1, 2).flatten(2)                                        # (B, N + L, D)
+        n = x.shape[1]
+        text = self.to_add_out(h[:, n:], adapter) if hasattr(self, "to_add_out") else None
+        return self.to_out[0](h[:, :n], adapter), text
+
+
+class Block(nn.Module):
+    def __init__(self, d, heads, qk_norm, dual, last):
+        super().__init__()
+        self.dual, self.last = dual, last
+        self.norm1, self.norm1_context = Modulation(d, 9 if dual else 6), Modulation(d, 2 if last else 6)
+        self.attn, self.ff = Attention(d, heads, qk_norm, last=last), FeedForward(d)
+        if dual:
+            self.attn2 = Attention(d, heads, qk_norm, joint=False)
+        if not last:
+            self.ff_context = FeedForward(d)
+
+    def forward(self, x, context, temb, bias, adapter):
+        """x (B, N, D) image tokens, context (B, L, D) text tokens -> both, changed; context is None after the last."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(temb)
+        if self.last:
+            c_scale, c_shift = self.norm1_context(temb)                         # the last block's order, as published
+        else:
+            c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = self.norm1_context(temb)
+        h, text = self.attn(modulate(x, shift, scale), modulate(context, c_shift, c_scale), bias, adapter)
+        if self.dual:                                                           # reads the same x, before attention
+            shift2, scale2, gate2 = second
+            h2, _ = self.attn2(modulate(x, shift2, scale2), adapter=adapter)
+            x = x + gate[:, None] * h + gate2[:, None] * h2
+        else:
+            x = x + gate[:, None] * h
+        x = x + gate_ff[:, None] * self.ff(modulate(x, shift_ff, scale_ff), adapter)
+        if self.last:
+            return x, None
+        context = context + c_gate[:, None] * text
+        return x, context + c_gate_ff[:, None] * self.ff_context(modulate(context, c_shift_ff, c_scale_ff), adapter)
+
+
+class MMDiT(nn.Module):
+    def __init__(self, config):
+        """config: the dict of transformer/config.json; absent keys take diffusers' defaults."""
+        super().__init__()
+        get = config.get
+        layers, heads = get("num_layers", 18), get("num_attention_heads", 18)
+        d = self.width = heads * get("attention_head_dim", 64)
+        self.channels, self.patch, self.context_dim = get("in_channels", 16), get("patch_size", 2), get("joint_attention_dim", 4096)
+        self.grid, self.sample_size, self.checkpointing = get("pos_embed_max_size", 96), get("sample_size", 128), False
+        dual, qk_norm = get("dual_attention_layers") or (), get("qk_norm")
+        self.pos_embed = nn.Module()
+        self.pos_embed.proj = nn.Conv2d(self.channels, d, self.patch, stride=self.patch)
+        self.pos_embed.register_buffer("pos_embed", torch.zeros(1, self.grid ** 2, d))
+        pair = lambda n: nn.ModuleDict({"linear_1": nn.Linear(n, d), "linear_2": nn.Linear(d, d)})      # noqa: E731
+        self.time_text_embed = nn.ModuleDict({"timestep_embedder": pair(256),
+                                              "text_embedder": pair(get("pooled_projection_dim", 2048))})
+        self.context_embedder = nn.Linear(self.context_dim, d)
+        self.transformer_blocks = nn.ModuleList(
+            Block(d, heads, qk_norm, i in dual, i == layers - 1) for i in range(layers))
+        self.norm_out = Modulation(d, 2)
+        self.proj_out = nn.Linear(d, self.patch ** 2 * (get("out_channels") or self.channels))
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
+
+    def positions(self, h, w):
+        """The centre h x w of the sin-cos table. -> (1, h*w, D)"""
+        top, left = (self.grid - h) // 2, (self.grid - w) // 2
+        table = self.pos_embed.pos_embed.unflatten(1, (self.grid, self.grid))
+        return table[:, top:top + h, left:left + w].flatten(1, 2)
+
+    def forward(self, x_t, t, prompt, source=None, adapter=None):
+        """The velocity v, which points from data to noise (eps - x).
+
+        x_t (B, C, H, W) noisy latent; t (B,) in [0, 1], 0 clean, 1 noise; prompt: context (B, L, D_text) and pooled
+        (B, P) from frozen/text.py; source (B, C, H, W) clean latent and adapter (dict), for the editor only.
+        """
+        p, (h, w) = self.patch, (x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch)
+        context, pooled = prompt
+        x = self.pos_embed.proj(x_t).flatten(2).transpose(1, 2) + self.positions(h, w)      # (B, h*w, D)
+        if source is not None:
+            x = x + F.conv2d(source, adapter["source_proj.weight"], stride=p).flatten(2).transpose(1, 2)
+        frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
+        angle = 1000 * t.float()[:, None] * frequency                                       # (B, 128)
+        embed = lambda m, y: m["linear_2"](F.silu(m["linear_1"](y.to(m["linear_1"].weight.dtype))))     # noqa: E731
+        temb = embed(self.time_text_embed["timestep_embedder"], torch.cat([angle.cos(), angle.sin()], -1)) \
+            + embed(self.time_text_embed["text_embedder"], pooled)                          # (B, D)
+        context = F.pad(context, (0, self.context_dim - context.shape[-1], 0, 1))           # + one token of T5's zeros
+        context = self.context_embedder(context)                                            # (B, L + 1, D)
+        bias = torch.zeros(1, 1, 1, x.shape[1] + context.shape[1], device=x.device)
+        bias[..., -1] = math.log(T5_ZEROS)
+        for block in self.transformer_blocks:
+            args = (x, context, temb, bias, adapter)
+            keep = self.checkpointing and torch.is_grad_enabled()
+            # non-reentrant: the reentrant kind drops the adapter's gradient where the inputs need none
+            x, context = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
+        scale, shift = self.norm_out(temb)
+        x = self.proj_out(modulate(x, shift, scale)).unflatten(1, (h, w)).unflatten(-1, (p, p, -1))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)          # (B, h, w, p, q, C) -> (B, C, H, W)
+
+
+def sincos(d, size, base=1e4):
+    """The 2-D sin-cos position table for a square grid. -> (1, size*size, d)"""
+    omega = base ** (-torch.arange(d // 4) / (d // 4))
+    angle = torch.arange(size)[:, None] * omega                                 # (size, d/4)
+    one = torch.cat([angle.sin(), angle.cos()], -1)                             # (size, d/2)
+    return torch.cat([one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)], -1).flatten(0, 1)[None]
+
+
+# ---- the adapter -----------------------------------------------------------------------------------------------
+def new_adapter(model, rank):
+    """LoRA pairs (A random, B zero, so alpha = rank and no scale) and the zero source projection, in float32."""
+    adapter, device = {}, model.proj_out.weight.device
+    for name, module in model.named_modules():
+        # the last block's text queries cannot reach the picture: its text output is thrown away
+        if isinstance(module, Linear) and name != f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn.add_q_proj":
+            r = min(rank, *module.weight.shape)
+            adapter[name + ".lora_A.weight"] = torch.randn(r, module.in_features, device=device) / module.in_features ** .5
+            adapter[name + ".lora_B.weight"] = torch.zeros(module.out_features, r, device=device)
+    adapter["source_proj.weight"] = torch.zeros_like(model.pos_embed.proj.weight, dtype=torch.float32)
+    return {k: v.requires_grad_() for k, v in adapter.items()}
+
+
+def read_tensors(path):
+    """All tensors of one safetensors file and its metadata. Raises UserError where it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})")
+
+
+def load_adapter(path, model):
+    """An adapter file, checked against the base it is to sit on. -> (adapter, metadata)"""
+    tensors, meta = read_tensors(path)
+    tensors = {k.removeprefix("transformer."): v.float().to(model.proj_out.weight.device) for k, v in tensors.items()}
+    ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
+    want = new_adapter(model, max(ranks, default=1))
+    for k in want.keys() | tensors.keys():
+        if k not in want or k not in tensors or want[k].shape != tensors[k].shape:
+            raise UserError(f"{path}: does not fit this base at '{k}'; use the base it was trained on (--base)")
+    return tensors, meta
+
+
+# ---- reading a base --------------------------------------------------------------------------------------------
+class UserError(Exception):
+    """Something in the user's world is wrong; the message is one clear sentence. `code` is the exit code."""
+
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
+
+
+def read_json(path):
+    try:
+        data = json.loads(pathlib.Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})")
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return data
+
+
+def load_part(cls, folder, device, dtype):
+    """Builds cls from folder/config.json without allocating, then fills it from the folder's safetensors."""
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has no config.json; a base is a folder in diffusers layout of the SD3 family")
+    with torch.device("meta"):
+        part = cls(read_json(folder / "config.json"))
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [f for f in files if ".fp16" not in f.name] or files
+    if not plain:
+        raise UserError(f"{folder} has no *.safetensors weights")
+    tensors = {}
+    for file in plain:
+        tensors |= read_tensors(file)[0]
+    tensors = {k.removeprefix("text_model."): v for k, v in tensors.items() if not k.endswith("position_ids")}
+    want = part.state_dict()
+    for k in [*want, *tensors]:
+        if k not in want or k not in tensors or want[k].shape != tensors[k].shape:
+            raise UserError(f"{folder}: tensor '{k}' is missing, unexpected or of another shape than config.json says")
+    part.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+    return part.requires_grad_(False).eval()
+
+
+def find_base(base):
+    """'auto', a short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5."""
+    if base == "auto":
+        base = "sd3.5-medium" if torch.cuda.is_available() else "tiny"
+        print(f"base: {base} (chosen for this machine; --base {' | '.join(NAMED)} | folder | Hub id)", file=sys.stderr)
+    name = NAMED.get(base, base)
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"unknown base '{base}': use one of {', '.join(NAMED)}, a folder, or a Hub id like owner/name", 2)
+    import huggingface_hub as hub
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
+    try:
+        return pathlib.Path(hub.snapshot_download(name, allow_patterns=patterns + [
+            f"{p}/{f}" for p in parts for f in ("config.json", "*model.safetensors", "*model-0*.safetensors", "*.index.json")]))
+    except hub.errors.GatedRepoError:
+        raise UserError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then `hf auth login` or set "
+                        "HF_TOKEN; or take the ungated --base bokeh, or a local folder")
+    except Exception as error:  # offline, missing, refused: the library has a class for each; the advice is the same
+        raise UserError(f"cannot get {name} from the Hub ({type(error).__name__}); --base also takes a local folder in "
+                        "diffusers layout, and --base tiny needs no network")
+
+
+def load_base(base, device="cpu", dtype=torch.float32):
+    """-> model (MMDiT), vae (VAE, always float32), text (Text), shift of the scheduler's time grid."""
+    folder = find_base(base)
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"{folder} has no model_index.json; a base is a folder in diffusers layout of the SD3 family")
+    if "StableDiffusion3" not in str(kind := read_json(folder / "model_index.json").get("_class_name")):
+        raise UserError(f"{folder} holds a {kind}; only the SD3 family can be a base here")
+    model = load_part(MMDiT, folder / "transformer", device, dtype)
+    vae = load_part(VAE, folder / "vae", device, torch.float32)
+    text = Text([Tokenizer(folder / n) for n in ("tokenizer", "tokenizer_2")],
+                [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
+    return model, vae, text, read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)

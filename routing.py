@@ -1,0 +1,42 @@
+"""The bootstrap rollout and gradient routing: what the cycle sees, and where its gradient goes.
+
+Training and sampling share `integrate`: the rollout in training *is* inference.
+"""
+import torch
+
+ROUTES = ("ste", "onestep", "detach", "backprop")
+
+
+def time_grid(n, shift=1.):
+    """n + 1 times from 1 (noise) to 0 (clean), warped by the scheduler's shift: t' = s t / (1 + (s - 1) t). -> (n + 1,)"""
+    t = torch.linspace(1, 0, n + 1)
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def integrate(velocity, eps, ts):
+    """Euler from noise to data: y <- y - dt v. velocity(y (B, C, H, W), t (B,)) -> v; yields the state at every node of ts
+    but the first, the last of them clean."""
+    y = eps
+    for t, t_next in zip(ts[:-1].tolist(), ts[1:].tolist()):
+        y = y - (t - t_next) * velocity(y, torch.full((len(y),), t, device=y.device)).float()
+        yield y
+
+
+def rollout(velocity, eps, ts, k):
+    """Bootstrap (Algorithm 1, step 2): the editor's own trajectory from eps. k (B,) is each sample's node of ts.
+    -> y_t (B, C, H, W), the exact state at ts[k], and y_0, the clean end."""
+    y_t = eps
+    for i, y in enumerate(integrate(velocity, eps, ts), start=1):
+        y_t = torch.where((k == i)[:, None, None, None], y, y_t)
+    return y_t, y
+
+
+def route(how, y_hat, y_0):
+    """Gradient routing (Eq. 4), what the cycle gets to see:
+    ste       sg(y_0) + (y_hat - sg(y_hat)): the value inference would produce, the gradient of the one-step prediction
+    onestep   y_hat: value and gradient of the one-step prediction, blurry at high t
+    detach    sg(y_0): the right value, no gradient to the forward edit
+    backprop  y_0: the right value and the exact gradient, through every step of the rollout (y_0 must carry a graph)"""
+    if how == "ste":
+        return y_0.detach() + (y_hat - y_hat.detach())
+    return {"onestep": y_hat, "detach": y_0.detach(), "backprop": y_0}[how]

@@ -1,0 +1,146 @@
+"""Edits pictures with a trained adapter, or draws from a base.
+
+    python sample.py                                                        # held-back images of the last run
+    python sample.py --input photo.jpg --instr "make it winter" --output x.png
+    python sample.py --input folder/ --output edited/
+    python sample.py --base tiny --prompt "a red house in winter" --output house.png
+"""
+import argparse
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+from frozen.vae import to_images, to_pixels
+from model import UserError, load_adapter, load_base, read_json
+from routing import integrate, time_grid
+
+
+def edit(model, adapter, x, prompt, eps, ts):
+    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source -> (B, C, H, W)"""
+    for y in integrate(lambda y, t: model(y, t, prompt, x, adapter), eps, ts):
+        pass
+    return y
+
+
+def generate(model, prompt, null, eps, ts, guidance):
+    """Text to image with the base alone. prompt, null: (context, pooled) -> (B, C, H, W)"""
+    both = tuple(torch.cat(pair) for pair in zip(null, prompt))
+
+    def velocity(x, t):
+        v0, v1 = model(x.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        return v0 + guidance * (v1 - v0)
+
+    for x in integrate(velocity, eps, ts):
+        pass
+    return x
+
+
+def contact_sheet(columns, gap=4):
+    """columns: lists of (h, w, 3) uint8, e.g. sources, edits, edits undone -> one picture, a row for each source."""
+    rows = [np.concatenate([np.pad(p, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for p in row], 1) for row in zip(*columns)]
+    page = Image.fromarray(np.concatenate(rows, 0))
+    zoom = max(1, 512 // page.width)
+    return page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST)
+
+
+def working_size(h, w, model, vae, limit):
+    """The size an h x w picture is edited at: its aspect, about limit x limit pixels, whole patches of the base."""
+    unit = model.patch * vae.factor
+    scale = limit / (h * w) ** .5
+    return tuple(min(max(unit, round(s * scale / unit) * unit), model.grid * unit) for s in (h, w))
+
+
+def save_image(picture, path):
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.stem + ".tmp" + path.suffix)
+    try:
+        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(tmp)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be written ({error})")
+    tmp.replace(path)
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--run", default="out", help="folder that train.py wrote")
+    p.add_argument("--input", help="image or folder (default: the run's held-back images)")
+    p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or edited/)")
+    p.add_argument("--instr", help="the edit (default: the run's own)")
+    p.add_argument("--prompt", help="draw this with the base alone, no editing")
+    p.add_argument("--base", help="base to use (default: the run's own)")
+    p.add_argument("--steps", type=int, default=20, help="Euler steps (28 is usual with --prompt)")
+    p.add_argument("--guidance", type=float, default=4.5, help="with --prompt only; the editor needs none")
+    p.add_argument("--seed", type=int, default=0)
+    return p.parse_args()
+
+
+@torch.no_grad()
+def main():
+    o = options()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    noise = torch.Generator().manual_seed(o.seed)
+    if o.prompt is not None:
+        model, vae, text, shift = load_base(o.base or "auto", device, dtype)
+        eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=noise).to(device)
+        x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
+        save_image(to_images(vae.decode(x))[0], o.output or "drawn.png")
+        return print(f"drawn: {o.output or 'drawn.png'}")
+    run = pathlib.Path(o.run)
+    if not (run / "adapter.safetensors").exists():
+        raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
+                        '--instr "make it winter"), or name its folder with --run', 2)
+    config = read_json(run / "config.json")
+    if o.input and not pathlib.Path(o.input).exists():
+        raise UserError(f"--input {o.input}: there is no such file or folder", 2)
+    model, vae, text, shift = load_base(o.base or config["base"], device, dtype)
+    adapter = load_adapter(run / "adapter.safetensors", model)[0]
+    instr = o.instr or config["instruction"]
+    if o.input and model.width < 512:
+        print("note: the embedded base knows only its own world of little houses; expect nothing true of photographs", file=sys.stderr)
+
+    def run_edit(images, instruction):
+        x = vae.encode(to_pixels(np.stack(images)).to(device))
+        eps = torch.randn(x.shape, generator=noise).to(device)
+        prompt = tuple(a.expand(len(x), *a.shape[1:]) for a in text([instruction]))
+        return x, edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift))
+
+    if not o.input:
+        images = [data.load_image(p, (config["size"],) * 2) for p in config["held"]]
+        x, y = run_edit(images, instr)
+        back = run_edit(to_images(vae.decode(y)), config["undo_instruction"])[1] if not o.instr else None
+        target = o.output or "edited.png"
+        save_image(contact_sheet([images, to_images(vae.decode(y))] + ([to_images(vae.decode(back))] if back is not None else [])), target)
+        return print(f'"{instr}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if back is not None else ""})')
+    source, many = pathlib.Path(o.input), pathlib.Path(o.input).is_dir()
+    paths = [source / p for p in data.find_images(source)] if many else [source]
+    target, done = pathlib.Path(o.output or ("edited" if many else "edited.png")), 0
+    for path in paths:
+        try:
+            image = data.load_image(path)
+        except UserError as error:
+            if not many:
+                raise
+            print(f"warning: skipped {error}", file=sys.stderr)
+            continue
+        h, w = working_size(*image.shape[:2], model, vae, config["size"])
+        y = run_edit([data.load_image(path, (h, w))], instr)[1]
+        where = (target / path.relative_to(source)).with_suffix(".png") if many else target
+        save_image(to_images(vae.decode(y))[0], where)
+        done += 1
+    if not done:
+        raise UserError(f"none of the images in {source} could be read")
+    print(f'"{instr}": {done} picture{"s" * (done > 1)}, {target.resolve()}')
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -21,8 +21,7 @@ from routing import integrate, time_grid
 
 def edit(model, adapter, x, prompt, eps, ts):
     """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source -> (B, C, H, W)"""
-    for y in integrate(lambda y, t: model(y, t, prompt, x, adapter), eps, ts):
-        pass
+    *_, y = integrate(lambda y, t: model(y, t, prompt, x, adapter), eps, ts)
     return y
 
 
@@ -34,8 +33,7 @@ def generate(model, prompt, null, eps, ts, guidance):
         v0, v1 = model(x.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return v0 + guidance * (v1 - v0)
 
-    for x in integrate(velocity, eps, ts):
-        pass
+    *_, x = integrate(velocity, eps, ts)
     return x
 
 

@@ -15,16 +15,14 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, load_base, new_adapter, read_json, read_tensors
+from model import UserError, load_base, new_adapter, read_tensors
 from routing import ROUTES, time_grid
 from sample import contact_sheet, edit
 
@@ -201,10 +199,10 @@ def main():
             sheet.save(f.with_suffix(".tmp"), "png")
             f.with_suffix(".tmp").replace(f)
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
-        if step > o.identity_first and change < .02:
-            tqdm.write(f"warning: step {step}: the edit is nearly the source (relative change {change:.3f}); raise --prior", file=sys.stderr)
-        if step > o.identity_first and change > 1.5:
-            tqdm.write(f"warning: step {step}: the edit has lost the source (relative change {change:.2f}); raise --cycle or --identity", file=sys.stderr)
+        if step > o.identity_first and not .02 < change < 1.5:
+            trouble = "is nearly the source" if change < 1 else "has lost the source"
+            advice = "raise --prior" if change < 1 else "raise --cycle or --identity"
+            tqdm.write(f"warning: step {step}: the edit {trouble} (relative change {change:.3f}); {advice}", file=sys.stderr)
         return change
 
     stop = []

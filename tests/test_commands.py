@@ -1,0 +1,81 @@
+"""The two commands as a user runs them, on the embedded base: the main job in small, and every kind of bad input."""
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def call(*args):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", out,
+                "--steps", 4, "--identity-first", 2, "--batch", 2, "--n", 2)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_training_leaves_everything(out):
+    for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "state.safetensors", "samples/000000.png", "samples/000004.png"):
+        assert (out / name).exists(), name
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_resume_goes_on_exactly(out, tmp_path):
+    common = ["train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", tmp_path / "b",
+              "--identity-first", 2, "--batch", 2, "--n", 2, "--steps", 4]
+    code = "import sys, signal, os, losses; n = [0]\nimport train; f = train.identity_loss\n" \
+           "def stop(*a):\n    n[0] += 1\n    if n[0] == 3: os.kill(os.getpid(), signal.SIGINT)\n    return f(*a)\n" \
+           "train.identity_loss = stop; sys.argv = sys.argv[1:]; train.main()"
+    halted = subprocess.run([sys.executable, "-c", code, *map(str, common)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert halted.returncode == 130, halted.stderr
+    assert call(*common).returncode == 2                                        # nothing is overwritten without --resume
+    assert call(*common, "--resume").returncode == 0
+    a, b = load_file(out / "state.safetensors"), load_file(tmp_path / "b" / "state.safetensors")
+    assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def test_sample_edits_the_held_back_and_anything_else(out, tmp_path):
+    assert call("sample.py", "--run", out, "--output", tmp_path / "s.png").returncode == 0
+    from skimage import data as photos
+    for name, photo in (("astronaut", photos.astronaut()), ("camera", photos.camera()), ("coffee", photos.coffee()[:50])):
+        Image.fromarray(photo).save(tmp_path / f"{name}.png")
+    Image.fromarray(photos.astronaut()).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    done = call("sample.py", "--run", out, "--input", tmp_path, "--instr", "make it winter", "--output", tmp_path / "edited")
+    assert done.returncode == 0 and "knows only its own world" in done.stderr
+    assert {p.name for p in (tmp_path / "edited").iterdir()} == {"s.png", "astronaut.png", "camera.png", "coffee.png", "cmyk.png"}
+
+
+def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
+    empty, text, mixed = (tmp_path / n for n in ("empty", "text", "mixed"))
+    for folder in (empty, text, mixed):
+        folder.mkdir()
+    (text / "notes.md").write_text("no image")
+    (mixed / "bad.png").write_bytes(b"not a picture")
+    for i in range(3):
+        Image.fromarray(np.full((9, 12, 3), 80 * i, np.uint8)).save(mixed / f"{i}.PNG")
+    winter = ["--instr", "make it winter", "--out", tmp_path / "o", "--base", "tiny"]
+    for args, code, words in (
+            (["train.py", "--data", empty, *winter], 1, "holds no images"),
+            (["train.py", "--data", text, *winter], 1, "holds no images"),
+            (["train.py", "--data", tmp_path / "absent", *winter], 2, "is not a folder"),
+            (["train.py", "--data", "tiny/examples", "--out", tmp_path / "o", "--base", "tiny"], 2, "no instruction"),
+            (["train.py", "--data", "tiny/examples", *winter[:-1], "nonsense"], 2, "unknown base"),
+            (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
+            (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),
+            (["sample.py", "--run", out, "--input", mixed / "bad.png"], 1, "cannot be read as an image")):
+        done = call(*args)
+        assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
+        assert done.stderr.strip().splitlines()[-1].startswith(args[0])
+    done = call("train.py", "--data", mixed, *winter, "--steps", 1, "--batch", 1)
+    assert done.returncode == 0 and "skipped" in done.stderr

@@ -1,0 +1,80 @@
+"""Pictures of any kind come in upright and RGB; words become prompts; bad input gets one sentence."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import scenes
+from model import UserError
+
+
+@pytest.mark.parametrize("instr, caption, tgt, undo", [
+    ("make it winter", "a red house in summer", "a red house in winter", "make it summer"),
+    ("make it winter", "a red house in the fall", "a red house in the winter", "make it autumn"),
+    ("make it winter", "a red house by a lake", "a red house by a lake in winter", "make it a red house by a lake"),
+    ("paint the house blue", "a red house at night", "a blue house at night", "paint the house red"),
+    ("make it night", "a red house by day in spring", "a red house at night in spring", "make it noon"),
+    ("change the weather to foggy", "a house in the rain", "a house in fog", "change the weather to rainy weather"),
+    ("change the lake to a desert", "a house by the lake", "a house by a desert", "change a desert to the lake"),
+    ("add a boat", "a lake", "a lake with a boat", "make it a lake"),
+    ("remove the boat", "a lake with a boat", "a lake", "make it a lake with a boat"),
+    ("make it look old", "a lake", "a lake, look old", "make it a lake")])
+def test_grammar(instr, caption, tgt, undo):
+    assert data.derive(instr, caption) == (tgt, undo)
+
+
+def test_grammar_leaves_out_what_is_so_already():
+    assert data.derive("make it winter", "a house in winter") is None
+
+
+def test_every_caption_of_the_world_swaps_exactly_its_season():
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        scene = scenes.sample_scene(rng, season="summer", style="plain")
+        caption = scenes.caption(scene, rng, drop=0.)
+        assert data.derive("make it winter", caption) == (caption.replace("summer", "winter"), "make it summer")
+
+
+def save(array_or_image, path, **k):
+    (array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)).save(path, **k)
+    return path
+
+
+def test_modes_and_exif(tmp_path):
+    rgb = np.zeros((20, 30, 3), np.uint8)
+    rgb[:10], rgb[10:] = (255, 0, 0), (0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 3                                                            # upside down
+    turned = data.load_image(save(rgb, tmp_path / "a.PNG", exif=exif))
+    assert turned[0, 0].tolist() == [0, 0, 255]
+    grey16 = np.full((8, 8), 32768, np.uint16)
+    assert abs(int(data.load_image(save(grey16, tmp_path / "g.png"))[0, 0, 0]) - 128) <= 1
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert data.load_image(save(clear, tmp_path / "t.png"))[0, 0].tolist() == [255, 255, 255]
+    for mode in ("1", "L", "P", "CMYK", "LA"):
+        suffix = ".tif" if mode == "CMYK" else ".png"
+        assert data.load_image(save(Image.fromarray(rgb).convert(mode), tmp_path / ("m" + mode + suffix)), (16, 16)).shape == (16, 16, 3)
+
+
+def test_captions_and_tuples(tmp_path):
+    for name in ("a.png", "b.JPG", "c.png"):
+        save(np.zeros((8, 8, 3), np.uint8), tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a house in summer"}))
+    (tmp_path / "b.txt").write_text("a lake in spring\n")
+    rows = data.read_prompts(tmp_path, data.find_images(tmp_path), "make it winter")
+    assert [r["src"] for r in rows] == ["a house in summer", "a lake in spring", "a picture"]
+    (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i"}))
+    with pytest.raises(UserError, match="line 1: the field 'undo' is missing"):
+        data.read_prompts(tmp_path, data.find_images(tmp_path))
+    (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "x.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"}))
+    with pytest.raises(UserError, match="x.png"):
+        data.read_prompts(tmp_path, data.find_images(tmp_path))
+
+
+def test_the_judge_reads_back_what_the_renderer_drew():
+    rng = np.random.default_rng(5)
+    for _ in range(6):
+        scene = scenes.sample_scene(rng)
+        assert scenes.judge(scene, scenes.render(scene)[None])[0] == {k: getattr(scene, k) for k in scenes.ATTRIBUTES}

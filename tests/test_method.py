@@ -1,0 +1,123 @@
+"""The promises of the method, against autograd and the definitions of the paper."""
+import argparse
+
+import pytest
+import torch
+
+from losses import byg_loss, cue_loss, identity_loss, teacher
+from model import MMDiT, new_adapter, sincos
+from routing import ROUTES, integrate, rollout, route, time_grid
+
+B, C, S = 3, 4, 8
+OPTIONS = argparse.Namespace(routing="ste", alpha=.1, guidance=2., cycle=1., prior=1.)
+
+
+@pytest.fixture
+def world():
+    """A small random model, an adapter whose B and source projection have left zero, and one batch."""
+    torch.manual_seed(0)
+    model = MMDiT(dict(num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, qk_norm="rms_norm",
+                       dual_attention_layers=[0], joint_attention_dim=24, pooled_projection_dim=12, pos_embed_max_size=8))
+    model.pos_embed.pos_embed.copy_(sincos(32, 8))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=.02 if p.ndim < 2 else p[0].numel() ** -.5)
+    model.requires_grad_(False)
+    adapter = new_adapter(model, 4)
+    with torch.no_grad():
+        for k, v in adapter.items():
+            if "lora_A" not in k:
+                v.normal_(std=.1)
+    x, eps = torch.randn(2, B, C, S, S)
+    prompts = {k: (torch.randn(B, 5, 20), torch.randn(B, 12)) for k in ("src", "tgt", "instr", "undo", "null")}
+    return model, adapter, x, eps, prompts, torch.tensor([0, 2, 4]), time_grid(5)
+
+
+def run(world, **changes):
+    model, adapter, x, eps, prompts, k, ts = world
+    average = {n: v.detach().clone() for n, v in adapter.items()}
+    return byg_loss(model, adapter, average, x, prompts, eps, k, ts, argparse.Namespace(**vars(OPTIONS) | changes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["cycle", "prior", "identity"])
+def test_each_loss_alone_reaches_every_adapter_tensor(world, name, checkpointing):
+    model, adapter, x, eps, prompts, k, ts = world
+    model.checkpointing = checkpointing
+    if name == "identity":
+        t = ts[k]
+        loss = identity_loss(model, adapter, x, torch.lerp(x, eps, t[:, None, None, None]), t, eps - x, prompts["undo"])
+    else:
+        loss = run(world, **{"cycle": 0., "prior": 0., name: 1.})[0]
+    loss.backward()
+    assert [n for n, v in adapter.items() if v.grad is None or v.grad.abs().max() == 0] == []
+
+
+def test_routed_value_is_the_rollouts_end_and_its_gradient_the_one_step_paths():
+    y_hat, y_0, w = torch.randn(3, 2, 4, 8, 8)[0].requires_grad_(), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    routed = route("ste", y_hat, y_0)
+    assert torch.equal(routed, y_0)
+    for how in ("ste", "onestep"):
+        y_hat.grad = None
+        (route(how, y_hat, y_0) * w).sum().backward()
+        assert torch.equal(y_hat.grad, w)
+    assert not route("detach", y_hat, y_0).requires_grad
+
+
+@pytest.mark.parametrize("routing", ROUTES)
+def test_every_routing_gives_a_finite_gradient(world, routing):
+    run(world, routing=routing)[0].backward()
+    assert all(torch.isfinite(v.grad).all() for v in world[1].values())
+
+
+def test_backprop_is_the_exact_gradient_of_the_rollout(world):
+    """Finite differences through the whole rollout against autograd, in double precision."""
+    model, adapter, x, eps, prompts, k, ts = world
+    model.double()
+    adapter = {n: v.detach().double() for n, v in adapter.items()}
+    x, eps, instr = x.double(), eps.double(), tuple(a.double() for a in prompts["instr"])
+    name = "transformer_blocks.0.attn.to_q.lora_A.weight"
+
+    def end(a):
+        y = eps
+        for t, t_next in zip(ts[:-1], ts[1:]):
+            y = y - (t - t_next) * model(y, t.repeat(B).double(), instr, x, adapter | {name: a})
+        return (y ** 2).mean()
+
+    a, d = adapter[name].clone().requires_grad_(), torch.randn_like(adapter[name])
+    end(a).backward()
+    h = 1e-5
+    assert torch.isclose((end(a + h * d) - end(a - h * d)) / (2 * h), (a.grad * d).sum(), rtol=1e-4)
+
+
+def test_at_step_0_the_editor_is_the_base_bit_for_bit(world):
+    model, _, x, eps, prompts, k, ts = world
+    fresh = new_adapter(model, 4)
+    with torch.no_grad():
+        assert torch.equal(model(eps, ts[k], prompts["instr"], x, fresh), model(eps, ts[k], prompts["instr"]))
+
+
+def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
+    model, adapter, x, eps, prompts, k, ts = world
+    at, other = (eps, ts[k]), (x, ts[k])
+    got = teacher(model, (at, other, at), (prompts["src"], prompts["src"], prompts["tgt"]), prompts["null"], 3.)
+    with torch.no_grad():
+        for v, (y, t), p in zip(got, (at, other, at), ("src", "src", "tgt")):
+            null = model(y, t, prompts["null"])
+            torch.testing.assert_close(v, null + 3 * (model(y, t, prompts[p]) - null), rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_is_inference_and_keeps_the_exact_state():
+    """On the straight path x_t = (1-t) x + t eps the true velocity eps - x must lead to x through x_t."""
+    x, eps, k, ts = torch.randn(4, 2, 8, 8), torch.randn(4, 2, 8, 8), torch.tensor([0, 1, 3, 4]), time_grid(5, shift=3.)
+    y_t, y_0 = rollout(lambda y, t: eps - x, eps, ts, k)
+    t = ts[k][:, None, None, None]
+    torch.testing.assert_close(y_0, x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(y_t, (1 - t) * x + t * eps, rtol=0, atol=1e-5)
+    assert torch.equal(list(integrate(lambda y, t: eps - x, eps, ts))[-1], y_0)
+
+
+def test_cue_is_one_minus_cosine_of_the_directions():
+    s, d = torch.randn(2, 5, 4, 8, 8)
+    for factor, want in ((1., 0.), (3., 0.), (-1., 2.)):
+        loss, cos = cue_loss(s + factor * d, s, s + d, alpha=0.)
+        assert abs(loss.item() - want) < 1e-4 and abs(cos.item() - (1 - want)) < 1e-4

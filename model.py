@@ -276,11 +276,16 @@ def load_part(cls, folder, device, dtype):
     return part.requires_grad_(False).eval()
 
 
-def find_base(base):
-    """'auto', a short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5."""
+def choose_base(base):
+    """'auto' -> the base for this machine, said in one line; any other name stays what it is."""
     if base == "auto":
         base = "sd3.5-medium" if torch.cuda.is_available() else "tiny"
         print(f"base: {base} (chosen for this machine; --base {' | '.join(NAMED)} | folder | Hub id)", file=sys.stderr)
+    return base
+
+
+def find_base(base):
+    """A short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5."""
     name = NAMED.get(base, base)
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import data
 from frozen.vae import to_images, to_pixels
-from model import UserError, load_adapter, load_base, read_json
+from model import UserError, choose_base, load_adapter, load_base, read_json
 from routing import integrate, time_grid
 
 
@@ -84,7 +84,7 @@ def main():
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     noise = torch.Generator().manual_seed(o.seed)
     if o.prompt is not None:
-        model, vae, text, shift = load_base(o.base or "auto", device, dtype)
+        model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
         eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=noise).to(device)
         x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         save_image(to_images(vae.decode(x))[0], o.output or "drawn.png")
@@ -96,7 +96,7 @@ def main():
     config = read_json(run / "config.json")
     if o.input and not pathlib.Path(o.input).exists():
         raise UserError(f"--input {o.input}: there is no such file or folder", 2)
-    model, vae, text, shift = load_base(o.base or config["base"], device, dtype)
+    model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
     adapter = load_adapter(run / "adapter.safetensors", model)[0]
     instr = o.instr or config["instruction"]
     if o.input and model.width < 512:

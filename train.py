@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, load_base, new_adapter, read_tensors
+from model import UserError, choose_base, load_base, new_adapter, read_tensors
 from routing import ROUTES, time_grid
 from sample import contact_sheet, edit
 
@@ -64,9 +64,9 @@ def options():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 where the machine computes in it")
     o = p.parse_args()
+    o.base = choose_base(o.base)
     if o.recipe == "auto":
-        tiny = o.base == "tiny" or (o.base == "auto" and not torch.cuda.is_available())
-        o.recipe = "tiny" if tiny else "paper"
+        o.recipe = "tiny" if o.base == "tiny" else "paper"
     for k, v in RECIPES[o.recipe].items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
     for k in ("steps", "batch", "n", "rank", "accumulate", "every", "lr", "clip"):

@@ -6,6 +6,7 @@ context is [CLIP-1 | CLIP-2] of the last but one layer, (B, L, D1 + D2); pooled 
 import functools
 import json
 import pathlib
+import re
 import unicodedata
 
 import torch
@@ -58,7 +59,10 @@ class Tokenizer:
         self.length = min(int(config.get("model_max_length", 77)), 77)
         pad = config.get("pad_token", "<|endoftext|>")
         self.begin, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
-        self.pad = self.vocab.get(pad["content"] if isinstance(pad, dict) else pad, self.end)
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        self.pad = self.vocab.get(pad, self.end)
+        # special tokens are found in the raw text, before anything else; SD3's second tokenizer pads with "!", so that is one
+        self.special = re.compile("(" + "|".join(map(re.escape, {"<|startoftext|>", "<|endoftext|>", pad})) + ")")
         self.words = {}
 
     def word(self, word):
@@ -83,7 +87,10 @@ class Tokenizer:
         """list of B strings -> ids (B, L) int64, cut and padded to the model's length."""
         rows = []
         for text in texts:
-            ids = [i for w in split_words(text) for i in self.word(w)][:self.length - 2]
+            ids = []
+            for i, part in enumerate(self.special.split(text)):                 # odd parts are the special tokens
+                ids += [self.vocab[part]] if i % 2 else [n for w in split_words(part) for n in self.word(w)]
+            ids = ids[:self.length - 2]
             rows.append(([self.begin, *ids, self.end] + [self.pad] * self.length)[:self.length])
         return torch.tensor(rows)
 

@@ -1,0 +1,28 @@
+"""diffusers is the outside witness: it loads tiny/checkpoint and draws the same picture from the same noise."""
+import os
+import pathlib
+
+import numpy as np
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from frozen.vae import to_images
+from model import load_base
+from routing import time_grid
+from sample import generate
+
+CHECKPOINT = os.environ.get("BASE", str(pathlib.Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"))
+
+
+@torch.no_grad()
+def test_diffusers_draws_the_same_picture():
+    prompt, n = "a red house by three pine trees in winter at night", 4
+    model, vae, text, shift = load_base(CHECKPOINT)
+    eps = torch.randn(1, model.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    ours = to_images(vae.decode(generate(model, text([prompt]), text([""]), eps, time_grid(n, shift), 3.)))[0]
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        CHECKPOINT, text_encoder_3=None, tokenizer_3=None, image_encoder=None, feature_extractor=None, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(prompt, latents=eps, sigmas=time_grid(n)[:-1].tolist(), guidance_scale=3., height=64, width=64, output_type="np").images[0]
+    assert ours.std() > 5
+    assert np.abs(ours.astype(float) - theirs * 255).max() <= 1.01

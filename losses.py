@@ -5,12 +5,21 @@ import torch.nn.functional as F
 from routing import rollout, route
 
 
-def cue_loss(v, v_src, v_tgt, alpha):
-    """Teacher cue (Eq. 2): L_dir + alpha L_mse. The direction says what the text changes; the anchor keeps the norm.
-    All (B, C, H, W) -> loss, mean cosine in [-1, 1]"""
+def cue_loss(v, v_src, v_tgt, alpha, kind="projection"):
+    """Teacher cue: L_dir + alpha L_mse. The direction d = v_tgt - v_src says what the text changes; the anchor keeps v near the base.
+
+    cosine      L_dir = 1 - cos(v - v_src, d), the paper's Eq. 2
+    projection  L_dir = <v - v_tgt, d/|d|>^2 / D, the anchor along the direction alone. The base's v_src is a blurry mean, the
+                editor sees its source and is sharp: that difference is orthogonal to d, so the cosine of even the perfect edit is far
+                below 1 and can be raised by overshooting along d or by losing detail. The projection of the perfect edit is |d| on
+                average; it leaves all else to the cycle, and counts little where the text changes nothing (low t).
+    v, v_src, v_tgt (B, C, H, W) -> loss, mean cosine in [-1, 1]
+    """
     v, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_src, v_tgt))
-    cos = F.cosine_similarity(v - v_src, v_tgt - v_src, dim=1).mean()
-    return 1 - cos + alpha * F.mse_loss(v, v_tgt), cos.detach()
+    d = v_tgt - v_src                                                       # (B, D)
+    cos = F.cosine_similarity(v - v_src, d, dim=1).mean()
+    direction = 1 - cos if kind == "cosine" else ((v - v_tgt) * F.normalize(d, dim=1)).sum(1).square().mean() / d.shape[1]
+    return direction + alpha * F.mse_loss(v, v_tgt), cos.detach()
 
 
 @torch.no_grad()
@@ -38,7 +47,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
 
     x, eps (B, C, H, W) clean source latent and noise; prompts: dict of (context, pooled) for src, tgt, instr, undo, null;
     k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap;
-    o: options routing, alpha, guidance, cycle, prior. -> loss, dict of figures
+    o: options routing, cue, alpha, guidance, cycle, prior. -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
@@ -51,13 +60,13 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
 
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
-    prior, cos = cue_loss(v_fwd, v_src, v_tgt, o.alpha)
+    prior, cos = cue_loss(v_fwd, v_src, v_tgt, o.alpha, o.cue)
     if o.routing == "backprop":
         y_0 = rollout(lambda y, t: model(y, t, instr, x, adapter), eps, ts, k)[1]
 
     v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter).float()      # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)
-    prior_rev, cos_rev = cue_loss(v_rev, u_tgt, u_src, o.alpha)     # the reverse cue: captions swapped
+    prior_rev, cos_rev = cue_loss(v_rev, u_tgt, u_src, o.alpha, o.cue)     # the reverse cue: captions swapped
     loss = o.cycle * cycle + o.prior * (prior + prior_rev)          # Eq. 5
     return loss, {"cycle": cycle.detach(), "prior": prior.detach(), "prior_rev": prior_rev.detach(),
                   "cos": cos, "cos_rev": cos_rev}

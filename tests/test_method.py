@@ -9,7 +9,7 @@ from model import MMDiT, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 
 B, C, S = 3, 4, 8
-OPTIONS = argparse.Namespace(routing="ste", alpha=.1, guidance=2., cycle=1., prior=1.)
+OPTIONS = argparse.Namespace(routing="ste", cue="projection", alpha=.1, guidance=2., cycle=1., prior=1.)
 
 
 @pytest.fixture
@@ -116,8 +116,20 @@ def test_rollout_is_inference_and_keeps_the_exact_state():
     assert torch.equal(list(integrate(lambda y, t: eps - x, eps, ts))[-1], y_0)
 
 
-def test_cue_is_one_minus_cosine_of_the_directions():
+def test_cosine_cue_is_one_minus_cosine_of_the_directions():
     s, d = torch.randn(2, 5, 4, 8, 8)
     for factor, want in ((1., 0.), (3., 0.), (-1., 2.)):
-        loss, cos = cue_loss(s + factor * d, s, s + d, alpha=0.)
+        loss, cos = cue_loss(s + factor * d, s, s + d, alpha=0., kind="cosine")
         assert abs(loss.item() - want) < 1e-4 and abs(cos.item() - (1 - want)) < 1e-4
+
+
+def test_projection_cue_is_the_anchor_along_the_direction_and_blind_to_all_else():
+    """Its gradient lies along d, and a component orthogonal to d changes nothing: linear algebra by hand."""
+    s, d, e = torch.randn(3, 5, 64).double().float()
+    e = e - (e * d).sum(1, keepdim=True) / (d * d).sum(1, keepdim=True) * d     # e is orthogonal to d
+    shape = lambda a: a.reshape(5, 4, 4, 4)
+    v = (s + .25 * d + e).requires_grad_()
+    loss, _ = cue_loss(shape(v), shape(s), shape(s + d), alpha=0.)
+    torch.testing.assert_close(loss, .75 ** 2 * (d * d).mean(), rtol=1e-4, atol=1e-5)
+    loss.backward()
+    assert torch.nn.functional.cosine_similarity(v.grad, -d, dim=1).min() > .9999

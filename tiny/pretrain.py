@@ -263,7 +263,7 @@ def cmd_export(args):
         (out / name / "config.json").write_text(json.dumps(config, indent=2))
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}, indent=2))
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.0}, indent=2))
     clip, none = ["transformers", "CLIPTextModelWithProjection"], [None, None]
     (out / "model_index.json").write_text(json.dumps({
         "_class_name": "StableDiffusion3Pipeline", "feature_extractor": none, "image_encoder": none,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from routing import rollout, route
 
 
-def cue_loss(v, v_src, v_tgt, alpha, kind="projection"):
+def cue_loss(v, v_src, v_tgt, alpha, kind="projection", weight=1.):
     """Teacher cue: L_dir + alpha L_mse. The direction d = v_tgt - v_src says what the text changes; the anchor keeps v near the base.
 
     cosine      L_dir = 1 - cos(v - v_src, d), the paper's Eq. 2
@@ -13,13 +13,13 @@ def cue_loss(v, v_src, v_tgt, alpha, kind="projection"):
                 editor sees its source and is sharp: that difference is orthogonal to d, so the cosine of even the perfect edit is far
                 below 1 and can be raised by overshooting along d or by losing detail. The projection of the perfect edit is |d| on
                 average; it leaves all else to the cycle, and counts little where the text changes nothing (low t).
-    v, v_src, v_tgt (B, C, H, W) -> loss, mean cosine in [-1, 1]
+    v, v_src, v_tgt (B, C, H, W), weight (B,) of each sample -> loss, mean cosine in [-1, 1]
     """
     v, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_src, v_tgt))
     d = v_tgt - v_src                                                       # (B, D)
-    cos = F.cosine_similarity(v - v_src, d, dim=1).mean()
-    direction = 1 - cos if kind == "cosine" else ((v - v_tgt) * F.normalize(d, dim=1)).sum(1).square().mean() / d.shape[1]
-    return direction + alpha * F.mse_loss(v, v_tgt), cos.detach()
+    cos = F.cosine_similarity(v - v_src, d, dim=1)                          # (B,)
+    direction = 1 - cos if kind == "cosine" else ((v - v_tgt) * F.normalize(d, dim=1)).sum(1).square() / d.shape[1]
+    return (weight * (direction + alpha * (v - v_tgt).square().mean(1))).mean(), cos.mean().detach()
 
 
 @torch.no_grad()
@@ -58,15 +58,17 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
     at_y, at_x = (y_t, t), (x_t, t)
     v_src, v_tgt, u_src, u_tgt = teacher(model, (at_y, at_y, at_x, at_x), (src, tgt, src, tgt), prompts["null"], o.guidance)
 
+    # At t = 1 the state is pure noise: the base cannot know where the house is, and its direction would bleach it.
+    seen = (t < 1).float() if o.cue == "projection" else 1.
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
-    prior, cos = cue_loss(v_fwd, v_src, v_tgt, o.alpha, o.cue)
+    prior, cos = cue_loss(v_fwd, v_src, v_tgt, o.alpha, o.cue, seen)
     if o.routing == "backprop":
         y_0 = rollout(lambda y, t: model(y, t, instr, x, adapter), eps, ts, k)[1]
 
     v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter).float()      # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)
-    prior_rev, cos_rev = cue_loss(v_rev, u_tgt, u_src, o.alpha, o.cue)     # the reverse cue: captions swapped
+    prior_rev, cos_rev = cue_loss(v_rev, u_tgt, u_src, o.alpha, o.cue, seen)     # the reverse cue: captions swapped
     loss = o.cycle * cycle + o.prior * (prior + prior_rev)          # Eq. 5
     return loss, {"cycle": cycle.detach(), "prior": prior.detach(), "prior_rev": prior_rev.detach(),
                   "cos": cos, "cos_rev": cos_rev}

@@ -5,21 +5,26 @@ import torch.nn.functional as F
 from routing import rollout, route
 
 
-def cue_loss(v, v_src, v_tgt, alpha, kind="projection", weight=1.):
-    """Teacher cue: L_dir + alpha L_mse. The direction d = v_tgt - v_src says what the text changes; the anchor keeps v near the base.
+def cue_loss(v, v_x, v_src, v_tgt, t, alpha, kind="reach"):
+    """Teacher cue: L_dir + alpha L_mse. The direction d = v_tgt - v_src says what the text changes; the anchor keeps v near v_tgt.
 
-    cosine      L_dir = 1 - cos(v - v_src, d), the paper's Eq. 2
-    projection  L_dir = <v - v_tgt, d/|d|>^2 / D, the anchor along the direction alone. The base's v_src is a blurry mean, the
-                editor sees its source and is sharp: that difference is orthogonal to d, so the cosine of even the perfect edit is far
-                below 1 and can be raised by overshooting along d or by losing detail. The projection of the perfect edit is |d| on
-                average; it leaves all else to the cycle, and counts little where the text changes nothing (low t).
-    v, v_src, v_tgt (B, C, H, W), weight (B,) of each sample -> loss, mean cosine in [-1, 1]
+    cosine  L_dir = 1 - cos(v - v_src, d), L_mse = mean (v - v_tgt)^2: the paper's Eq. 2
+    reach   L_dir = max(0, |d| - <v - v_x, d/|d|>)^2 / D, L_mse = (1 - t) mean (v - v_tgt)^2. The base's v_src is a blurry mean of
+            pictures, the editor sees its source: measured from v_src, the cosine of even the perfect edit is far below 1 and
+            is raised by losing detail. So the edit is measured from v_x = (y_t - x)/t, the velocity that would give the source
+            back: t (v_x - v) is what the edit changes, and it must reach as far along d as the text asks. More is free, as y_t
+            shows the edit already at low t, where d vanishes. The anchor counts where the base sees what it draws.
+    v, v_x, v_src, v_tgt (B, C, H, W), t (B,) in (0, 1] -> loss, mean of the paper's cosine in [-1, 1]
     """
-    v, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_src, v_tgt))
+    v, v_x, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_x, v_src, v_tgt))
     d = v_tgt - v_src                                                       # (B, D)
-    cos = F.cosine_similarity(v - v_src, d, dim=1)                          # (B,)
-    direction = 1 - cos if kind == "cosine" else ((v - v_tgt) * F.normalize(d, dim=1)).sum(1).square() / d.shape[1]
-    return (weight * (direction + alpha * (v - v_tgt).square().mean(1))).mean(), cos.mean().detach()
+    cos, anchor = F.cosine_similarity(v - v_src, d, dim=1), (v - v_tgt).square().mean(1)        # (B,)
+    if kind == "cosine":
+        direction = 1 - cos
+    else:
+        direction = (d.norm(dim=1) - ((v - v_x) * F.normalize(d, dim=1)).sum(1)).relu().square() / d.shape[1]
+        anchor = (1 - t) * anchor
+    return (direction + alpha * anchor).mean(), cos.mean().detach()
 
 
 @torch.no_grad()
@@ -47,7 +52,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
 
     x, eps (B, C, H, W) clean source latent and noise; prompts: dict of (context, pooled) for src, tgt, instr, undo, null;
     k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap;
-    o: options routing, cue, alpha, guidance, cycle, prior. -> loss, dict of figures
+    o: options routing, cue, alpha, guidance, cycle, prior, reverse. -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
@@ -56,19 +61,19 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
     with torch.no_grad():                                   # bootstrap
         y_t, y_0 = rollout(lambda y, t: model(y, t, instr, x, average), eps, ts, k)
     at_y, at_x = (y_t, t), (x_t, t)
-    v_src, v_tgt, u_src, u_tgt = teacher(model, (at_y, at_y, at_x, at_x), (src, tgt, src, tgt), prompts["null"], o.guidance)
+    v_src, v_tgt, *u = teacher(model, (at_y, at_y, at_x, at_x)[:4 if o.reverse else 2], (src, tgt, src, tgt), prompts["null"], o.guidance)
 
-    # At t = 1 the state is pure noise: the base cannot know where the house is, and its direction would bleach it.
-    seen = (t < 1).float() if o.cue == "projection" else 1.
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
-    prior, cos = cue_loss(v_fwd, v_src, v_tgt, o.alpha, o.cue, seen)
+    prior, cos = cue_loss(v_fwd, (y_t - x) / s, v_src, v_tgt, t, o.alpha, o.cue)
     if o.routing == "backprop":
         y_0 = rollout(lambda y, t: model(y, t, instr, x, adapter), eps, ts, k)[1]
 
     v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter).float()      # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)
-    prior_rev, cos_rev = cue_loss(v_rev, u_tgt, u_src, o.alpha, o.cue, seen)     # the reverse cue: captions swapped
-    loss = o.cycle * cycle + o.prior * (prior + prior_rev)          # Eq. 5
-    return loss, {"cycle": cycle.detach(), "prior": prior.detach(), "prior_rev": prior_rev.detach(),
-                  "cos": cos, "cos_rev": cos_rev}
+    loss = o.cycle * cycle + o.prior * prior                        # Eq. 5
+    figures = {"cycle": cycle.detach(), "prior": prior.detach(), "cos": cos}
+    if o.reverse:                                                   # the reverse cue: captions swapped
+        prior_rev, figures["cos_rev"] = cue_loss(v_rev, (x_t - y_0) / s, u[1], u[0], t, o.alpha, o.cue)
+        loss, figures["prior_rev"] = loss + o.reverse * prior_rev, prior_rev.detach()
+    return loss, figures

@@ -28,10 +28,10 @@ from sample import contact_sheet, edit
 
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
 RECIPES = {
-    "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
+    "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, ema=.999, warmup=100, cue="cosine"),
-    "tiny": dict(steps=300, batch=16, lr=2e-3, n=6, rank=64, prior=2., cycle=1., identity=1., alpha=.1, guidance=1.,
-                 identity_first=60, identity_share=1., ema=.98, warmup=20, cue="projection"),
+    "tiny": dict(steps=300, batch=16, lr=6e-3, n=6, rank=64, prior=2., reverse=0., cycle=2., identity=1., alpha=.5, guidance=2.,
+                 identity_first=60, identity_share=1., ema=.98, warmup=20, cue="reach"),
 }
 
 
@@ -49,13 +49,14 @@ def options():
     for name, kind, why in (
             ("steps", int, "optimizer steps"), ("batch", int, "samples in a step"), ("lr", float, "of AdamW"),
             ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"),
-            ("prior", float, "weight of the teacher cues"), ("cycle", float, "weight of the cycle"),
+            ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue"),
+            ("cycle", float, "weight of the cycle"),
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor within a cue"),
             ("guidance", float, "of the teacher; 1 = none"), ("identity-first", int, "steps of identity alone"),
             ("identity-share", float, "share of later steps with identity"), ("ema", float, "decay of the averaged adapter"),
             ("warmup", int, "steps until the full rate")):
         p.add_argument(f"--{name}", type=kind, help=f"{why} (from the recipe)")
-    p.add_argument("--cue", choices=["cosine", "projection"], help="how the teacher's direction is followed, losses.py (from the recipe)")
+    p.add_argument("--cue", choices=["cosine", "reach"], help="how the teacher's direction is followed, losses.py (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--clip", type=float, default=1., help="largest gradient norm")

@@ -9,7 +9,7 @@ from model import MMDiT, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 
 B, C, S = 3, 4, 8
-OPTIONS = argparse.Namespace(routing="ste", cue="projection", alpha=.1, guidance=2., cycle=1., prior=1.)
+OPTIONS = argparse.Namespace(routing="ste", cue="reach", alpha=.1, guidance=2., cycle=1., prior=1., reverse=1.)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def run(world, **changes):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["cycle", "prior", "identity"])
+@pytest.mark.parametrize("name", ["cycle", "prior", "reverse", "identity"])
 def test_each_loss_alone_reaches_every_adapter_tensor(world, name, checkpointing):
     model, adapter, x, eps, prompts, k, ts = world
     model.checkpointing = checkpointing
@@ -47,7 +47,7 @@ def test_each_loss_alone_reaches_every_adapter_tensor(world, name, checkpointing
         t = ts[k]
         loss = identity_loss(model, adapter, x, torch.lerp(x, eps, t[:, None, None, None]), t, eps - x, prompts["undo"])
     else:
-        loss = run(world, **{"cycle": 0., "prior": 0., name: 1.})[0]
+        loss = run(world, **{"cycle": 0., "prior": 0., "reverse": 0., name: 1.})[0]
     loss.backward()
     assert [n for n, v in adapter.items() if v.grad is None or v.grad.abs().max() == 0] == []
 
@@ -117,19 +117,22 @@ def test_rollout_is_inference_and_keeps_the_exact_state():
 
 
 def test_cosine_cue_is_one_minus_cosine_of_the_directions():
-    s, d = torch.randn(2, 5, 4, 8, 8)
+    s, d, x = torch.randn(3, 5, 4, 8, 8)
     for factor, want in ((1., 0.), (3., 0.), (-1., 2.)):
-        loss, cos = cue_loss(s + factor * d, s, s + d, alpha=0., kind="cosine")
+        loss, cos = cue_loss(s + factor * d, x, s, s + d, torch.full((5,), .5), alpha=0., kind="cosine")
         assert abs(loss.item() - want) < 1e-4 and abs(cos.item() - (1 - want)) < 1e-4
 
 
-def test_projection_cue_is_the_anchor_along_the_direction_and_blind_to_all_else():
-    """Its gradient lies along d, and a component orthogonal to d changes nothing: linear algebra by hand."""
-    s, d, e = torch.randn(3, 5, 64).double().float()
+def test_reach_cue_asks_for_the_length_of_d_from_the_source_and_is_blind_to_all_else():
+    """The gradient lies along d until the edit reaches |d|, then there is none; what is orthogonal to d is free: algebra by hand."""
+    s, d, e, x = torch.randn(4, 5, 64)
     e = e - (e * d).sum(1, keepdim=True) / (d * d).sum(1, keepdim=True) * d     # e is orthogonal to d
-    shape = lambda a: a.reshape(5, 4, 4, 4)
-    v = (s + .25 * d + e).requires_grad_()
-    loss, _ = cue_loss(shape(v), shape(s), shape(s + d), alpha=0.)
+    shape, t = lambda a: a.reshape(5, 4, 4, 4), torch.full((5,), .5)
+    v = (x + .25 * d + e).requires_grad_()
+    loss, _ = cue_loss(shape(v), shape(x), shape(s), shape(s + d), t, alpha=0.)
     torch.testing.assert_close(loss, .75 ** 2 * (d * d).mean(), rtol=1e-4, atol=1e-5)
     loss.backward()
     assert torch.nn.functional.cosine_similarity(v.grad, -d, dim=1).min() > .9999
+    assert cue_loss(shape(x + 1.5 * d + e), shape(x), shape(s), shape(s + d), t, alpha=0.)[0] == 0
+    anchored = cue_loss(shape(x + 1.5 * d + e), shape(x), shape(s), shape(s + d), t, alpha=3.)[0]
+    torch.testing.assert_close(anchored, 3 * .5 * (x + .5 * d + e - s).square().mean(), rtol=1e-4, atol=1e-5)

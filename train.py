@@ -30,8 +30,8 @@ from sample import contact_sheet, edit
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, ema=.999, warmup=100, cue="cosine"),
-    "tiny": dict(steps=300, batch=16, lr=6e-3, n=6, rank=64, prior=2., reverse=0., cycle=2., identity=1., alpha=.5, guidance=2.,
-                 identity_first=60, identity_share=1., ema=.98, warmup=20, cue="reach"),
+    "tiny": dict(steps=200, batch=16, lr=6e-3, n=6, rank=64, prior=2., reverse=0., cycle=2., identity=1., alpha=.5, guidance=2.,
+                 identity_first=40, identity_share=1., ema=.98, warmup=20, cue="reach"),
 }
 
 

@@ -61,7 +61,8 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
     with torch.no_grad():                                   # bootstrap
         y_t, y_0 = rollout(lambda y, t: model(y, t, instr, x, average), eps, ts, k)
     at_y, at_x = (y_t, t), (x_t, t)
-    v_src, v_tgt, *u = teacher(model, (at_y, at_y, at_x, at_x)[:4 if o.reverse else 2], (src, tgt, src, tgt), prompts["null"], o.guidance)
+    queries = [(at_y, src), (at_y, tgt)] + ([(at_x, src), (at_x, tgt)] if o.reverse else [])
+    v_src, v_tgt, *u = teacher(model, *zip(*queries), prompts["null"], o.guidance)
 
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
@@ -74,6 +75,6 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
     loss = o.cycle * cycle + o.prior * prior                        # Eq. 5
     figures = {"cycle": cycle.detach(), "prior": prior.detach(), "cos": cos}
     if o.reverse:                                                   # the reverse cue: captions swapped
-        prior_rev, figures["cos_rev"] = cue_loss(v_rev, (x_t - y_0) / s, u[1], u[0], t, o.alpha, o.cue)
+        prior_rev, figures["cos_rev"] = cue_loss(v_rev, (x_t - y_0.detach()) / s, u[1], u[0], t, o.alpha, o.cue)
         loss, figures["prior_rev"] = loss + o.reverse * prior_rev, prior_rev.detach()
     return loss, figures

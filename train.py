@@ -49,7 +49,7 @@ def options():
     for name, kind, why in (
             ("steps", int, "optimizer steps"), ("batch", int, "samples in a step"), ("lr", float, "of AdamW"),
             ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"),
-            ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue"),
+            ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue; 0 saves its queries"),
             ("cycle", float, "weight of the cycle"),
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor within a cue"),
             ("guidance", float, "of the teacher; 1 = none"), ("identity-first", int, "steps of identity alone"),

@@ -11,6 +11,7 @@
 import json
 import math
 import pathlib
+import re
 import sys
 
 import torch
@@ -254,25 +255,58 @@ def read_json(path):
     return data
 
 
+def weight_files(folder):
+    """The safetensors files that hold one part: a single file, or the shards that an index lists; full precision before a
+    variant (*.fp16.safetensors). Raises UserError where there are none, or where a download left some out."""
+    single = [f for f in folder.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", f.name)]
+    found = sorted([*single, *folder.glob("*.safetensors.index*.json")], key=lambda f: (
+        len(f.name.removesuffix(".json").replace(".safetensors", "").replace(".index", "").split(".")), f.suffix == ".json", f.name))
+    if not found:
+        raise UserError(f"{folder} has no *.safetensors weights (and no index of shards); copy or download them in diffusers layout")
+    if found[0].suffix != ".json":
+        return found[:1]
+    shards = read_json(found[0]).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and pathlib.PurePath(s).name == s for s in shards.values()):
+        raise UserError(f"{found[0]}: has no usable weight_map; download this file again")
+    files = [folder / s for s in sorted(set(shards.values()))]
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file} is missing though {found[0].name} lists it: the download is incomplete, run it again")
+    return files
+
+
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # attention in older VAE files
+
+
 def load_part(cls, folder, device, dtype):
-    """Builds cls from folder/config.json without allocating, then fills it from the folder's safetensors."""
+    """Builds cls from folder/config.json without memory for its weights, then reads them one by one, straight to device and dtype."""
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has no config.json; a base is a folder in diffusers layout of the SD3 family")
-    with torch.device("meta"):
-        part = cls(read_json(folder / "config.json"))
-    files = sorted(folder.glob("*.safetensors"))
-    plain = [f for f in files if ".fp16" not in f.name] or files
-    if not plain:
-        raise UserError(f"{folder} has no *.safetensors weights")
-    tensors = {}
-    for file in plain:
-        tensors |= read_tensors(file)[0]
-    tensors = {k.removeprefix("text_model."): v for k, v in tensors.items() if not k.endswith("position_ids")}
-    want = part.state_dict()
-    for k in [*want, *tensors]:
-        if k not in want or k not in tensors or want[k].shape != tensors[k].shape:
-            raise UserError(f"{folder}: tensor '{k}' is missing, unexpected or of another shape than config.json says")
-    part.load_state_dict({k: v.to(device, dtype) for k, v in tensors.items()}, assign=True)
+    config = read_json(folder / "config.json")
+    try:
+        with torch.device("meta"):
+            part = cls(config)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{folder / 'config.json'}: describes no {cls.__name__} ({str(error).splitlines()[0]})")
+    want, tensors = part.state_dict(), {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                for key in file.keys():
+                    name = re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_NAMES[m[2]]}.", key)
+                    name = name.removeprefix("text_model.")
+                    if name.endswith("position_ids"):                           # a counter, which old CLIP files saved
+                        continue
+                    if name not in want:
+                        raise UserError(f"{path}: unexpected tensor '{key}'; the file is of another model than {folder / 'config.json'} describes")
+                    if tuple(shape := file.get_slice(key).get_shape()) != want[name].shape:
+                        raise UserError(f"{path}: tensor '{key}' is {shape}, but config.json asks for {list(want[name].shape)}")
+                    tensors[name] = file.get_tensor(key).to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]}); download it again")
+    if missing := [k for k in want if k not in tensors]:
+        raise UserError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} of {len(want)} are)")
+    part.load_state_dict(tensors, assign=True)
     return part.requires_grad_(False).eval()
 
 
@@ -292,17 +326,30 @@ def find_base(base):
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"unknown base '{base}': use one of {', '.join(NAMED)}, a folder, or a Hub id like owner/name", 2)
     import huggingface_hub as hub
-    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    patterns = ["model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
+    errors, online = hub.errors, True
     try:
-        return pathlib.Path(hub.snapshot_download(name, allow_patterns=patterns + [
-            f"{p}/{f}" for p in parts for f in ("config.json", "*model.safetensors", "*model-0*.safetensors", "*.index.json")]))
-    except hub.errors.GatedRepoError:
+        try:
+            names = hub.HfApi().list_repo_files(name)
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
+            raise
+        except Exception:                                   # no network, or told to stay offline: what the cache holds must do
+            names, online = [], False
+        parts = [f for f in names if re.fullmatch(r"(transformer|vae|text_encoder(_2)?)/[^/]*(\.json|\.safetensors)", f)]
+        for part in {f.split("/")[0] for f in parts}:       # a variant only where there is nothing else
+            if any(re.fullmatch(part + r"/[^/.]*\.safetensors", f) for f in parts):
+                parts = [f for f in parts if not re.search(part + r"/.*\.(fp16|bf16|fp32)\b", f)]
+        return pathlib.Path(hub.snapshot_download(name, local_files_only=not online, allow_patterns=[
+            "model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", *parts]))
+    except errors.GatedRepoError:                           # a kind of RepositoryNotFoundError, so first
         raise UserError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then `hf auth login` or set "
                         "HF_TOKEN; or take the ungated --base bokeh, or a local folder")
-    except Exception as error:  # offline, missing, refused: the library has a class for each; the advice is the same
-        raise UserError(f"cannot get {name} from the Hub ({type(error).__name__}); --base also takes a local folder in "
-                        "diffusers layout, and --base tiny needs no network")
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(f"the Hub has no repository {name}, or it is private: check the name, or `hf auth login`")
+    except errors.LocalEntryNotFoundError:
+        raise UserError(f"{name} is not in the local cache and the Hub cannot be reached: go online once, give --base a local folder in "
+                        "diffusers layout, or take --base tiny, which needs no network")
+    except Exception as error:                              # a cut line, a full disk: the library has a class for each
+        raise UserError(f"cannot download {name} ({type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}); run again to go on")
 
 
 def load_base(base, device="cpu", dtype=torch.float32):
@@ -314,6 +361,11 @@ def load_base(base, device="cpu", dtype=torch.float32):
         raise UserError(f"{folder} holds a {kind}; only the SD3 family can be a base here")
     model = load_part(MMDiT, folder / "transformer", device, dtype)
     vae = load_part(VAE, folder / "vae", device, torch.float32)
-    text = Text([Tokenizer(folder / n) for n in ("tokenizer", "tokenizer_2")],
-                [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
+    tokenizers = []
+    for name in ("tokenizer", "tokenizer_2"):
+        try:
+            tokenizers.append(Tokenizer(folder / name))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / name} holds no CLIP tokenizer, vocab.json with merges.txt or tokenizer.json ({type(error).__name__}: {error})")
+    text = Text(tokenizers, [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
     return model, vae, text, read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)

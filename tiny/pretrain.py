@@ -218,7 +218,7 @@ def cmd_flow(args):
             texts.append("" if r < .1 else scenes.wish(world[i], rng) if r < .3 else scenes.caption(world[i], rng))
         ids = [tokenizer(texts) for tokenizer in text.tokenizers]
         x = latents[pick].float()
-        eps, t = torch.randn_like(x), torch.sigmoid(torch.randn(len(x)))
+        eps, t = torch.randn_like(x), torch.sigmoid(torch.randn(len(x)) + math.log(2))     # shifted by 2, as sampling is
         x_t = torch.lerp(x, eps, t[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             v = model(x_t, t, text.encode(ids))

@@ -5,41 +5,42 @@ import torch.nn.functional as F
 from routing import rollout, route
 
 
-def cue_loss(v, v_x, v_src, v_tgt, t, alpha, kind="reach"):
-    """Teacher cue: L_dir + alpha L_mse. The direction d = v_tgt - v_src says what the text changes; the anchor keeps v near v_tgt.
+def cosine_cue(v, v_src, v_tgt, alpha):
+    """The paper's cue, Eq. 2: 1 - cos(v - v_src, d) + alpha mean (v - v_tgt)^2, with d = v_tgt - v_src what the text changes.
+    All (B, C, H, W) -> loss, mean cosine in [-1, 1]"""
+    v, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_src, v_tgt))
+    cos = F.cosine_similarity(v - v_src, v_tgt - v_src, dim=1).mean()
+    return 1 - cos + alpha * F.mse_loss(v, v_tgt), cos.detach()
 
-    cosine  L_dir = 1 - cos(v - v_src, d), L_mse = mean (v - v_tgt)^2: the paper's Eq. 2
-    reach   L_dir = max(0, |d| - <v - v_x, d/|d|>)^2 / D, L_mse = (1 - t) mean (v - v_tgt)^2. The base's v_src is a blurry mean of
-            pictures, the editor sees its source: measured from v_src, the cosine of even the perfect edit is far below 1 and
-            is raised by losing detail. So the edit is measured from v_x = (y_t - x)/t, the velocity that would give the source
-            back: t (v_x - v) is what the edit changes, and it must reach as far along d as the text asks. More is free, as y_t
-            shows the edit already at low t, where d vanishes. The anchor counts where the base sees what it draws.
-    v, v_x, v_src, v_tgt (B, C, H, W), t (B,) in (0, 1] -> loss, mean of the paper's cosine in [-1, 1]
+
+def delta_cue(v, v_x, v_src, v_tgt, x, x_t, y_t, t):
+    """A cue from the difference of two errors: the edit is right when the base errs on it as it errs on the source.
+
+    The base's v_src is a blurry mean while the editor sees a sharp source: measured from v_src even the perfect edit is not
+    parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise, and v must be v_x + w d:
+    v_x leads back to the source, the base's blur cancels in d (Delta Denoising Score, arXiv 2304.07090; FlowEdit, 2412.08629), and
+    w = |d|^2 / (|d|^2 + |e|^2), at each place, is the trust in d: where e, the base's error on the source, is as large as what the
+    text changes, the base does not see what stands there, and would paint winter over the house. At t = 1 it sees nothing.
+    v, v_x, v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1] -> loss, mean cosine of the edit with w d in [-1, 1]
     """
-    v, v_x, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_x, v_src, v_tgt))
-    d = v_tgt - v_src                                                       # (B, D)
-    cos, anchor = F.cosine_similarity(v - v_src, d, dim=1), (v - v_tgt).square().mean(1)        # (B,)
-    if kind == "cosine":
-        direction = 1 - cos
-    else:
-        direction = (d.norm(dim=1) - ((v - v_x) * F.normalize(d, dim=1)).sum(1)).relu().square() / d.shape[1]
-        anchor = (1 - t) * anchor
-    return (direction + alpha * anchor).mean(), cos.mean().detach()
+    s = t[:, None, None, None]
+    x_src, y_tgt = x_t - s * v_src, y_t - s * v_tgt                             # what the base takes the clean pictures for
+    d, e = (F.avg_pool2d(a.square().mean(1, keepdim=True), 3, 1, 1, count_include_pad=False) for a in (y_tgt - x_src, x - x_src))
+    change = (s < 1) * d / (d + e) * (v_tgt - v_src)
+    cos = F.cosine_similarity((v - v_x).flatten(1), change.flatten(1), dim=1)[t < 1]
+    return F.mse_loss(v, v_x + change), cos.mean().nan_to_num().detach()
 
 
 @torch.no_grad()
-def teacher(model, states, prompts, null, guidance):
-    """The frozen base on several (y, t) states under several prompts, in one batch; with guidance
-    v = v(null) + w (v(p) - v(null)). states and prompts of equal length -> list of (B, C, H, W)"""
-    pairs = list(zip(states, prompts))
-    if guidance != 1:                                       # one null query per distinct state
-        pairs += [(s, null) for i, s in enumerate(states) if all(s is not r for r in states[:i])]
+def teacher(model, queries, null):
+    """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch; v = v(null) + w (v(p) - v(null)).
+    -> list of (B, C, H, W)"""
+    nulls = {id(s): s for s, _, w in queries if w != 1}                         # one null query per distinct state
+    pairs = [(s, p) for s, p, _ in queries] + [(s, null) for s in nulls.values()]
     y, t = (torch.cat([s[i] for s, _ in pairs]) for i in (0, 1))
     v = model(y, t, tuple(torch.cat([p[i] for _, p in pairs]) for i in (0, 1))).float().chunk(len(pairs))
-    if guidance == 1:
-        return list(v)
-    base = dict(zip((id(s) for i, s in enumerate(states) if all(s is not r for r in states[:i])), v[len(states):]))
-    return [base[id(s)] + guidance * (v[i] - base[id(s)]) for i, s in enumerate(states)]
+    base = dict(zip(nulls, v[len(queries):]))
+    return [u if w == 1 else base[id(s)] + w * (u - base[id(s)]) for u, (s, _, w) in zip(v, queries)]
 
 
 def identity_loss(model, adapter, x, x_t, t, v, undo):
@@ -47,12 +48,12 @@ def identity_loss(model, adapter, x, x_t, t, v, undo):
     return F.mse_loss(model(x_t, t, undo, x, adapter).float(), v)
 
 
-def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
+def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     """Everything of Algorithm 1 but identity, for one batch.
 
     x, eps (B, C, H, W) clean source latent and noise; prompts: dict of (context, pooled) for src, tgt, instr, undo, null;
-    k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap;
-    o: options routing, cue, alpha, guidance, cycle, prior, reverse. -> loss, dict of figures
+    eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for each sample; average: the averaged
+    adapter of the bootstrap; o: options routing, cue, alpha, guidance, cycle, prior, reverse. -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
@@ -60,13 +61,20 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
     x_t = (1 - s) * x + s * eps
     with torch.no_grad():                                   # bootstrap
         y_t, y_0 = rollout(lambda y, t: model(y, t, instr, x, average), eps, ts, k)
-    at_y, at_x = (y_t, t), (x_t, t)
-    queries = [(at_y, src), (at_y, tgt)] + ([(at_x, src), (at_x, tgt)] if o.reverse else [])
-    v_src, v_tgt, *u = teacher(model, *zip(*queries), prompts["null"], o.guidance)
+    w, at_y, at_x = o.guidance, (y_t, t), (x_t, t)
+    if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
+        at_y, at_x = ((z + s * (eps_cue - eps), t) for z in (y_t, x_t))
+        queries = [(at_x, src, 1.), (at_y, tgt, w)]
+    else:
+        queries = [(at_y, src, w), (at_y, tgt, w)] + ([(at_x, src, w), (at_x, tgt, w)] if o.reverse else [])
+    v_src, v_tgt, *u = teacher(model, queries, prompts["null"])
 
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
-    prior, cos = cue_loss(v_fwd, (y_t - x) / s, v_src, v_tgt, t, o.alpha, o.cue)
+    if o.cue == "delta":
+        prior, cos = delta_cue(v_fwd, eps - x, v_src, v_tgt, x, at_x[0], at_y[0], t)
+    else:
+        prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
     if o.routing == "backprop":
         y_0 = rollout(lambda y, t: model(y, t, instr, x, adapter), eps, ts, k)[1]
 
@@ -74,7 +82,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, k, ts, o):
     cycle = F.mse_loss(v_rev, eps - x)
     loss = o.cycle * cycle + o.prior * prior                        # Eq. 5
     figures = {"cycle": cycle.detach(), "prior": prior.detach(), "cos": cos}
-    if o.reverse:                                                   # the reverse cue: captions swapped
-        prior_rev, figures["cos_rev"] = cue_loss(v_rev, (x_t - y_0.detach()) / s, u[1], u[0], t, o.alpha, o.cue)
+    if u:                                                           # the reverse cue: captions swapped
+        prior_rev, figures["cos_rev"] = cosine_cue(v_rev, u[1], u[0], o.alpha)
         loss, figures["prior_rev"] = loss + o.reverse * prior_rev, prior_rev.detach()
     return loss, figures

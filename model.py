@@ -366,6 +366,6 @@ def load_base(base, device="cpu", dtype=torch.float32):
         try:
             tokenizers.append(Tokenizer(folder / name))
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / name} holds no CLIP tokenizer, vocab.json with merges.txt or tokenizer.json ({type(error).__name__}: {error})")
+            raise UserError(f"{folder / name} holds no CLIP tokenizer: vocab.json, merges.txt or tokenizer.json ({type(error).__name__}: {error})")
     text = Text(tokenizers, [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
     return model, vae, text, read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)

@@ -30,8 +30,8 @@ from sample import contact_sheet, edit
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, ema=.999, warmup=100, cue="cosine"),
-    "tiny": dict(steps=200, batch=16, lr=6e-3, n=6, rank=64, prior=2., reverse=0., cycle=2., identity=1., alpha=.5, guidance=2.,
-                 identity_first=40, identity_share=1., ema=.98, warmup=20, cue="reach"),
+    "tiny": dict(steps=300, batch=16, lr=6e-3, n=8, rank=64, prior=1., reverse=0., cycle=2., identity=1., alpha=.1, guidance=2.,
+                 identity_first=50, identity_share=1., ema=.98, warmup=20, cue="delta"),
 }
 
 
@@ -49,14 +49,14 @@ def options():
     for name, kind, why in (
             ("steps", int, "optimizer steps"), ("batch", int, "samples in a step"), ("lr", float, "of AdamW"),
             ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"),
-            ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue; 0 saves its queries"),
+            ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"),
             ("cycle", float, "weight of the cycle"),
-            ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor within a cue"),
-            ("guidance", float, "of the teacher; 1 = none"), ("identity-first", int, "steps of identity alone"),
+            ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor in the cosine cue"),
+            ("guidance", float, "of the teacher (delta: for the target); 1 = none"), ("identity-first", int, "steps of identity alone"),
             ("identity-share", float, "share of later steps with identity"), ("ema", float, "decay of the averaged adapter"),
             ("warmup", int, "steps until the full rate")):
         p.add_argument(f"--{name}", type=kind, help=f"{why} (from the recipe)")
-    p.add_argument("--cue", choices=["cosine", "reach"], help="how the teacher's direction is followed, losses.py (from the recipe)")
+    p.add_argument("--cue", choices=["cosine", "delta"], help="how the teacher is followed, losses.py (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--clip", type=float, default=1., help="largest gradient norm")
@@ -223,7 +223,7 @@ def main():
             b = train_on[torch.randint(len(train_on), (o.batch,), generator=rng)]
             k = torch.randint(0, o.n, (o.batch,), generator=rng)                # nodes of the grid: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
-            x, eps = latents[b], torch.randn((o.batch, *latents.shape[1:]), generator=rng).to(device)
+            x, (eps, eps_cue) = latents[b], torch.randn((2, o.batch, *latents.shape[1:]), generator=rng).to(device)
             prompts = {name: prompt(i[b]) for name, i in ids.items()}
             if with_id:                                                         # an independent graph: its own backward
                 t = ts[k].to(device)
@@ -234,7 +234,7 @@ def main():
                 figures["identity"] = loss.item()
             if step > o.identity_first:
                 with autocast:
-                    loss, parts = byg_loss(model, adapter, average, x, prompts, eps, k, ts, o)
+                    loss, parts = byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o)
                 scaler.scale(loss / o.accumulate).backward()
                 figures |= {a: v.item() for a, v in parts.items()}
         scaler.unscale_(opt)

@@ -65,7 +65,8 @@ FULL = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, join
     FULL | dict(num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536, pos_embed_max_size=192),
     FULL | dict(num_layers=24, num_attention_heads=24, attention_head_dim=64, caption_projection_dim=1536, pos_embed_max_size=384,
                 qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
-    FULL | dict(num_layers=38, num_attention_heads=38, attention_head_dim=64, caption_projection_dim=2432, pos_embed_max_size=192, qk_norm="rms_norm"),
+    FULL | dict(num_layers=38, num_attention_heads=38, attention_head_dim=64, caption_projection_dim=2432, pos_embed_max_size=192,
+                qk_norm="rms_norm"),
 ], ids=["sd3-medium", "sd3.5-medium", "sd3.5-large"])
 def test_full_size_keys_and_shapes_equal_diffusers(config):
     with torch.device("meta"):
@@ -88,8 +89,10 @@ def test_full_size_text_encoders_and_vae_keys_and_shapes():
 
 def strings(n=2000):
     rng = random.Random(0)
-    alphabets = ["abcdefghijklmnopqrstuvwxyz ", "ABC def's 'll I'm don't 're 0123456789", "äöüßéèñçøå ÀÉÎÕÜ ", "東京日本語漢字かなカナ", "🌲🏠❄️👨‍👩‍👧🇩🇪 ",
-                 "!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~ ", "\t\n\u00a0\u200b\u2009\u3000 a", "е́ж привет мир", "e\u0301a\u0308n\u0303 o", "अआइ ไทย عربى", "½²³ⅣⅨ٣४"]
+    alphabets = [
+        "abcdefghijklmnopqrstuvwxyz ", "ABC def's 'll I'm don't 're 0123456789", "äöüßéèñçøå ÀÉÎÕÜ ", "東京日本語漢字かなカナ",
+        "🌲🏠❄️👨‍👩‍👧🇩🇪 ", "!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~ ", "\t\n\u00a0\u200b\u2009\u3000 a", "е́ж привет мир",
+        "e\u0301a\u0308n\u0303 o", "अआइ ไทย عربى", "½²³ⅣⅨ٣४"]
     words = "make it winter house with three pine trees, a red <|endoftext|> <|startoftext|> snow!!! it's you'll 1984 co-op".split(" ")
     out = ["", " ", "!", "!!!", "a" * 400, "word " * 300, "<|endoftext|>", "x<|endoftext|>y"]
     while len(out) < n:

@@ -8,6 +8,7 @@
 - The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical and stay identical through all
   layers, so one token stands for them, with log 256 added to its attention logit: the same numbers, 255 tokens fewer.
 """
+import contextlib
 import json
 import math
 import pathlib
@@ -215,13 +216,20 @@ def new_adapter(model, rank):
     return {k: v.requires_grad_() for k, v in adapter.items()}
 
 
-def read_tensors(path):
-    """All tensors of one safetensors file and its metadata. Raises UserError where it cannot be read."""
+@contextlib.contextmanager
+def open_tensors(path, device="cpu"):
+    """An open safetensors file. Raises UserError where it cannot be read, also while it is read."""
     try:
-        with safe_open(path, "pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        with safe_open(path, "pt", device=str(device)) as file:
+            yield file
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})")
+
+
+def read_tensors(path):
+    """All tensors of one safetensors file and its metadata."""
+    with open_tensors(path) as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
 
 
 def load_adapter(path, model):
@@ -255,12 +263,14 @@ def read_json(path):
     return data
 
 
+VARIANT = re.compile(r"\.(fp16|bf16|fp32)\b")       # diffusers' mark of a file saved in another precision
+
+
 def weight_files(folder):
     """The safetensors files that hold one part: a single file, or the shards that an index lists; full precision before a
     variant (*.fp16.safetensors). Raises UserError where there are none, or where a download left some out."""
     single = [f for f in folder.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", f.name)]
-    found = sorted([*single, *folder.glob("*.safetensors.index*.json")], key=lambda f: (
-        len(f.name.removesuffix(".json").replace(".safetensors", "").replace(".index", "").split(".")), f.suffix == ".json", f.name))
+    found = sorted([*single, *folder.glob("*.safetensors.index*.json")], key=lambda f: (bool(VARIANT.search(f.name)), len(f.name)))
     if not found:
         raise UserError(f"{folder} has no *.safetensors weights (and no index of shards); copy or download them in diffusers layout")
     if found[0].suffix != ".json":
@@ -275,7 +285,8 @@ def weight_files(folder):
     return files
 
 
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # attention in older VAE files
+NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # attention in older VAE files
+OLD_NAMES = re.compile(rf"(attentions\.\d+\.)({'|'.join(NEW_NAMES)})(?=\.)")
 
 
 def load_part(cls, folder, device, dtype):
@@ -290,20 +301,16 @@ def load_part(cls, folder, device, dtype):
         raise UserError(f"{folder / 'config.json'}: describes no {cls.__name__} ({str(error).splitlines()[0]})")
     want, tensors = part.state_dict(), {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                for key in file.keys():
-                    name = re.sub(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{OLD_NAMES[m[2]]}.", key)
-                    name = name.removeprefix("text_model.")
-                    if name.endswith("position_ids"):                           # a counter, which old CLIP files saved
-                        continue
-                    if name not in want:
-                        raise UserError(f"{path}: unexpected tensor '{key}'; the file is of another model than {folder / 'config.json'} describes")
-                    if tuple(shape := file.get_slice(key).get_shape()) != want[name].shape:
-                        raise UserError(f"{path}: tensor '{key}' is {shape}, but config.json asks for {list(want[name].shape)}")
-                    tensors[name] = file.get_tensor(key).to(dtype)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]}); download it again")
+        with open_tensors(path, device) as file:
+            for key in file.keys():
+                name = OLD_NAMES.sub(lambda m: m[1] + NEW_NAMES[m[2]], key).removeprefix("text_model.")
+                if name.endswith("position_ids"):                               # a counter, which old CLIP files saved
+                    continue
+                if name not in want:
+                    raise UserError(f"{path}: unexpected tensor '{key}'; the file is of another model than {folder / 'config.json'} describes")
+                if tuple(shape := file.get_slice(key).get_shape()) != want[name].shape:
+                    raise UserError(f"{path}: tensor '{key}' is {shape}, but config.json asks for {list(want[name].shape)}")
+                tensors[name] = file.get_tensor(key).to(dtype)
     if missing := [k for k in want if k not in tensors]:
         raise UserError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} of {len(want)} are)")
     part.load_state_dict(tensors, assign=True)
@@ -337,7 +344,7 @@ def find_base(base):
         parts = [f for f in names if re.fullmatch(r"(transformer|vae|text_encoder(_2)?)/[^/]*(\.json|\.safetensors)", f)]
         for part in {f.split("/")[0] for f in parts}:       # a variant only where there is nothing else
             if any(re.fullmatch(part + r"/[^/.]*\.safetensors", f) for f in parts):
-                parts = [f for f in parts if not re.search(part + r"/.*\.(fp16|bf16|fp32)\b", f)]
+                parts = [f for f in parts if not (f.startswith(part + "/") and VARIANT.search(f))]
         return pathlib.Path(hub.snapshot_download(name, local_files_only=not online, allow_patterns=[
             "model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", *parts]))
     except errors.GatedRepoError:                           # a kind of RepositoryNotFoundError, so first

@@ -94,7 +94,9 @@ def strings(n=2000):
         "🌲🏠❄️👨‍👩‍👧🇩🇪 ", "!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~ ", "\t\n\u00a0\u200b\u2009\u3000 a", "е́ж привет мир",
         "e\u0301a\u0308n\u0303 o", "अआइ ไทย عربى", "½²³ⅣⅨ٣४"]
     words = "make it winter house with three pine trees, a red <|endoftext|> <|startoftext|> snow!!! it's you'll 1984 co-op".split(" ")
-    out = ["", " ", "!", "!!!", "a" * 400, "word " * 300, "<|endoftext|>", "x<|endoftext|>y"]
+    out = ["", " ", "!", "!!!", "a" * 400, "a " * 60, "word " * 300, "<|endoftext|>", "x<|endoftext|>y", "make it winter", "A RED house, in fog!",
+           "it's the dog's 1234", "naïve café über 東京 🌲🌲", "tab\tand\nnewline  here", "x²+y½ don't can't we're", "__init__ foo_bar",
+           "\u200b e\u0301 ǅ"]
     while len(out) < n:
         pool = "".join(rng.sample(alphabets, rng.randint(1, 3)))
         text = "".join(rng.choice(pool) for _ in range(rng.choice((3, 12, 40, 200))))

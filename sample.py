@@ -102,19 +102,19 @@ def main():
     if o.input and model.width < 512:
         print("note: the embedded base knows only its own world of little houses; expect nothing true of photographs", file=sys.stderr)
 
-    def run_edit(images, instruction):
+    def run_edit(images, instructions):
         x = vae.encode(to_pixels(np.stack(images)).to(device))
         eps = torch.randn(x.shape, generator=noise).to(device)
-        prompt = tuple(a.expand(len(x), *a.shape[1:]) for a in text([instruction]))
-        return x, edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift))
+        return edit(model, adapter, x, text(instructions), eps, time_grid(o.steps, shift))
 
     if not o.input:
-        images = [data.load_image(p, (config["size"],) * 2) for p in config["held"]]
-        x, y = run_edit(images, instr)
-        back = run_edit(to_images(vae.decode(y)), config["undo_instruction"])[1] if not o.instr else None
-        target = o.output or "edited.png"
-        save_image(contact_sheet([images, to_images(vae.decode(y))] + ([to_images(vae.decode(back))] if back is not None else [])), target)
-        return print(f'"{instr}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if back is not None else ""})')
+        held, target = config["held"], o.output or "edited.png"
+        columns = [[data.load_image(row["path"], (config["size"],) * 2) for row in held]]
+        columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held]))))
+        if not o.instr:                                     # how another edit is undone only its caption would say
+            columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held]))))
+        save_image(contact_sheet(columns), target)
+        return print(f'"{instr}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if not o.instr else ""})')
     source, many = pathlib.Path(o.input), pathlib.Path(o.input).is_dir()
     paths = [source / p for p in data.find_images(source)] if many else [source]
     target, done = pathlib.Path(o.output or ("edited" if many else "edited.png")), 0
@@ -127,7 +127,7 @@ def main():
             print(f"warning: skipped {error}", file=sys.stderr)
             continue
         h, w = working_size(*image.shape[:2], model, vae, config["size"])
-        y = run_edit([data.load_image(path, (h, w))], instr)[1]
+        y = run_edit([data.load_image(path, (h, w))], [instr])
         where = (target / path.relative_to(source)).with_suffix(".png") if many else target
         save_image(to_images(vae.decode(y))[0], where)
         done += 1

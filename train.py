@@ -167,8 +167,8 @@ def main():
         for block in model.transformer_blocks:
             block.compile()
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    run = vars(o) | {"size": size, "instruction": rows[0]["instr"], "undo_instruction": rows[0]["undo"],
-                     "held": [str(rows[i]["path"]) for i in held]}
+    run = vars(o) | {"size": size, "instruction": rows[0]["instr"],
+                     "held": [{"path": str(rows[i]["path"]), "instr": rows[i]["instr"], "undo": rows[i]["undo"]} for i in held]}
     write(out / "config.json", run)
     write(out / "README.md", card(o, rows))
     ts = time_grid(o.n, shift)

@@ -1,6 +1,7 @@
 """The two commands as a user runs them, on the embedded base: the main job in small, and every kind of bad input."""
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -29,6 +30,11 @@ def test_training_leaves_everything(out):
     for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "state.safetensors", "samples/000000.png", "samples/000004.png"):
         assert (out / name).exists(), name
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    captions = {row["file_name"]: row["text"] for row in map(json.loads, (ROOT / "tiny/examples/metadata.jsonl").read_text().splitlines())}
+    held = json.loads((out / "config.json").read_text())["held"]
+    assert len({row["undo"] for row in held}) > 1                               # every picture is undone towards its own season
+    for row in held:
+        assert row["undo"].removeprefix("make it ") in re.sub(r"\bfall\b", "autumn", captions[pathlib.Path(row["path"]).name])
 
 
 def test_resume_goes_on_exactly(out, tmp_path):

@@ -33,14 +33,14 @@ def delta_cue(v, v_x, v_src, v_tgt, x, x_t, y_t, t):
 
 @torch.no_grad()
 def teacher(model, queries, null):
-    """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch; v = v(null) + w (v(p) - v(null)).
-    -> list of (B, C, H, W)"""
-    nulls = {id(s): s for s, _, w in queries if w != 1}                         # one null query per distinct state
+    """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch; v = v(null) + w (v(p) - v(null)),
+    w a number or (B, 1, 1, 1), or None for v(p) alone. -> list of (B, C, H, W)"""
+    nulls = {id(s): s for s, _, w in queries if w is not None}                  # one null query per distinct state
     pairs = [(s, p) for s, p, _ in queries] + [(s, null) for s in nulls.values()]
     y, t = (torch.cat([s[i] for s, _ in pairs]) for i in (0, 1))
     v = model(y, t, tuple(torch.cat([p[i] for _, p in pairs]) for i in (0, 1))).float().chunk(len(pairs))
     base = dict(zip(nulls, v[len(queries):]))
-    return [u if w == 1 else base[id(s)] + w * (u - base[id(s)]) for u, (s, _, w) in zip(v, queries)]
+    return [u if w is None else base[id(s)] + w * (u - base[id(s)]) for u, (s, _, w) in zip(v, queries)]
 
 
 def identity_loss(model, adapter, x, x_t, t, v, undo):
@@ -61,10 +61,12 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     x_t = (1 - s) * x + s * eps
     with torch.no_grad():                                   # bootstrap
         y_t, y_0 = rollout(lambda y, t: model(y, t, instr, x, average), eps, ts, k)
-    w, at_y, at_x = o.guidance, (y_t, t), (x_t, t)
+    w, at_y, at_x = None if o.guidance == 1 else o.guidance, (y_t, t), (x_t, t)
     if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
         at_y, at_x = ((z + s * (eps_cue - eps), t) for z in (y_t, x_t))
-        queries = [(at_x, src, 1.), (at_y, tgt, w)]
+        if w is not None:                                   # guidance sharpens what the base sees: none where it sees little
+            w = 1 + (w - 1) * ((.92 - s) / .2).clamp(0, 1)
+        queries = [(at_x, src, None), (at_y, tgt, w)]
     else:
         queries = [(at_y, src, w), (at_y, tgt, w)] + ([(at_x, src, w), (at_x, tgt, w)] if o.reverse else [])
     v_src, v_tgt, *u = teacher(model, queries, prompts["null"])

@@ -2,7 +2,7 @@
 
     python bench/evaluate.py --run out --n 200 --seed 1000
 
-success         of all 1,200 attribute combinations drawn for that very geometry, the nearest to the output is the wished-for one
+success         of all 960 attribute combinations drawn for that very geometry, the nearest to the output is the wished-for one
 preservation_db PSNR to the source over the pixels where source and truth agree
 psnr_truth_db   PSNR to the truth over all pixels
 The last line is one JSON object; out/evaluate.png shows source, edit, truth of the first scenes and of the worst failures.

@@ -97,15 +97,24 @@ def test_at_step_0_the_editor_is_the_base_bit_for_bit(world):
         assert torch.equal(model(eps, ts[k], prompts["instr"], x, fresh), model(eps, ts[k], prompts["instr"]))
 
 
+def test_without_gradients_the_editor_gives_the_same_numbers(world):
+    """The rollout multiplies B A into the weights, training takes the low-rank detour: one editor all the same."""
+    model, adapter, x, eps, prompts, k, ts = world
+    with torch.no_grad():
+        fused = model(eps, ts[k], prompts["instr"], x, adapter)
+    torch.testing.assert_close(fused, model(eps, ts[k], prompts["instr"], x, adapter).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
     model, adapter, x, eps, prompts, k, ts = world
     at, other = (eps, ts[k]), (x, ts[k])
-    asked = ((at, "src", 3.), (other, "src", 1.), (at, "tgt", 3.), (other, "tgt", 2.))
+    per_sample = torch.tensor([1., 2., 3.])[:, None, None, None]
+    asked = ((at, "src", 3.), (other, "src", None), (at, "tgt", 3.), (other, "tgt", per_sample))
     got = teacher(model, [(s, prompts[p], w) for s, p, w in asked], prompts["null"])
     with torch.no_grad():
         for v, ((y, t), p, w) in zip(got, asked):
             null = model(y, t, prompts["null"])
-            torch.testing.assert_close(v, null + w * (model(y, t, prompts[p]) - null), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(v, null + (1 if w is None else w) * (model(y, t, prompts[p]) - null), rtol=1e-4, atol=1e-5)
 
 
 def test_rollout_is_inference_and_keeps_the_exact_state():

@@ -4,6 +4,7 @@
     python tiny/pretrain.py vae --minutes 12       # the autoencoder; then every picture is encoded once
     python tiny/pretrain.py flow --minutes 60      # flow matching; run again to go on where it stopped
     python tiny/pretrain.py export                 # writes tiny/checkpoint, a diffusers-layout folder
+    python tiny/pretrain.py restore                # the way back: the committed checkpoint, ready for another sitting
 
 Every stage saves to tiny/work and continues from there; Ctrl-C loses at most a minute.
 """
@@ -24,9 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import scenes  # noqa: E402
 from frozen.text import CLIPText, Text, Tokenizer, byte_symbols, split_words  # noqa: E402
 from frozen.vae import VAE, to_pixels  # noqa: E402
-from model import MMDiT, sincos  # noqa: E402
+from model import MMDiT, load_base, sincos  # noqa: E402
+from train import precision  # noqa: E402
 
 WORK = ROOT / "tiny" / "work"
+AMP = precision("auto", torch.device("cpu"))                            # bfloat16 where the processor computes in it
+AUTOCAST = torch.autocast("cpu", AMP, enabled=AMP is not None)
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 8, "sample_size": 64,
     "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
@@ -90,7 +94,7 @@ def cmd_vae(args):
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (.02 + .98 * .5 * (1 + math.cos(math.pi * gone)))
         pixels = to_pixels(images[np.sort(rng.integers(0, len(images), 16))]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with AUTOCAST:
             mse, l1, kl = loss_of(pixels)
         loss = mse + .2 * l1 + 5e-5 * kl
         opt.zero_grad()
@@ -105,24 +109,24 @@ def cmd_vae(args):
         if step % 100 == 0:
             print(f"{step} {time.time() - start:.0f}s psnr {10 * math.log10(4 / mse.item()):.2f} kl {kl.item():.2f}", flush=True)
     vae.load_state_dict(average)
-    encode_all(vae, images)
+    z = encode_all(vae, images)
+    shift, scaling = round(z.mean().item(), 5), round(1 / z.std().item(), 5)
+    print(f"shift {shift} scaling {scaling} channel std {[round(s, 2) for s in z.std((0, 2, 3)).tolist()]}")
+    np.save(WORK / "latents.npy", ((z - shift) * scaling).half().numpy())       # zero mean, unit variance
+    (WORK / "vae.json").write_text(json.dumps(VAE_CONFIG | {"shift_factor": shift, "scaling_factor": scaling}, indent=2))
+    decoded = vae.decoder(z[:200]).clamp(-1, 1)
+    print(f"reconstruction {(10 * torch.log10(4 / F.mse_loss(decoded, to_pixels(images[:200]), reduction='none').mean((1, 2, 3)))).mean():.2f} dB")
     save(vae.state_dict(), WORK / "vae.safetensors")
 
 
 @torch.no_grad()
 def encode_all(vae, images):
-    """Encodes the whole world once; writes latents.npy (float16, zero mean, unit variance) and its two numbers."""
+    """Encodes the whole world once. -> (n, 8, 16, 16), not yet normalised"""
     out = []
     for i in range(0, len(images), 250):
-        with torch.autocast("cpu", torch.bfloat16):
+        with AUTOCAST:
             out.append(vae.moments(to_pixels(images[i:i + 250]))[0].half())
-    z = torch.cat(out).float()
-    shift, scaling = round(z.mean().item(), 5), round(1 / z.std().item(), 5)
-    print(f"shift {shift} scaling {scaling} channel std {[round(s, 2) for s in z.std((0, 2, 3)).tolist()]}")
-    np.save(WORK / "latents.npy", ((z - shift) * scaling).half().numpy())
-    (WORK / "vae.json").write_text(json.dumps(VAE_CONFIG | {"shift_factor": shift, "scaling_factor": scaling}, indent=2))
-    decoded = vae.decoder(z[:200]).clamp(-1, 1)
-    print(f"reconstruction {(10 * torch.log10(4 / F.mse_loss(decoded, to_pixels(images[:200]), reduction='none').mean((1, 2, 3)))).mean():.2f} dB")
+    return torch.cat(out).float()
 
 
 def make_tokenizers(folder):
@@ -184,6 +188,32 @@ def build():
     return model, text, configs
 
 
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon (momentum .95, "match_rms_adamw") in float32, with equally shaped matrices in one batch. torch's own
+    orthogonalises in bfloat16, which a processor without such arithmetic does a hundred times slower."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        self.momentum = {}
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in {p.shape for p in group["params"]}:
+                params = [p for p in group["params"] if p.shape == shape]
+                g = torch.stack([p.grad for p in params])                           # (K, m, n)
+                m = self.momentum.setdefault(shape, torch.zeros_like(g)).lerp_(g, .05)
+                u = g.lerp(m, .95)                                                  # Nesterov
+                u = u.mT if shape[0] > shape[1] else u
+                u = u / u.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+                for _ in range(5):                                                  # Newton-Schulz, its published coefficients
+                    a = u @ u.mT
+                    u = 3.4445 * u + (-4.775 * a + 2.0315 * a @ a) @ u
+                u = u.mT if shape[0] > shape[1] else u
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(u.unbind()), alpha=-group["lr"] * .2 * max(shape) ** .5)
+
+
 def cmd_flow(args):
     """Flow matching: x_t = (1-t) x + t eps, target eps - x, logit-normal t; 10 % of captions dropped, 20 % wishes."""
     torch.manual_seed(0)
@@ -195,7 +225,7 @@ def cmd_flow(args):
     both = torch.nn.ModuleDict({"model": model, "text": text})
     hidden = [p for n, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and ".norm" not in n]
     rest = [p for p in both.parameters() if not any(p is h for h in hidden)]
-    opts = [torch.optim.Muon(hidden, lr=args.lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+    opts = [Muon(hidden, lr=args.lr, weight_decay=.01),
             torch.optim.AdamW(rest, lr=args.lr, betas=(.9, .98), weight_decay=0.)]
     average = {k: v.clone() for k, v in both.state_dict().items()}
     step, state = 0, WORK / "flow.safetensors"
@@ -220,7 +250,7 @@ def cmd_flow(args):
         x = latents[pick].float()
         eps, t = torch.randn_like(x), torch.sigmoid(torch.randn(len(x)) + math.log(2))     # shifted by 2, as sampling is
         x_t = torch.lerp(x, eps, t[:, None, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
+        with AUTOCAST:
             v = model(x_t, t, text.encode(ids))
         loss = F.mse_loss(v.float(), eps - x)
         loss.backward()
@@ -241,6 +271,18 @@ def cmd_flow(args):
                  | {"step": torch.tensor(step)}, state)
     save({f"now.{k}": v for k, v in both.state_dict().items()} | {f"avg.{k}": v for k, v in average.items()}
          | {"step": torch.tensor(step)}, state)
+
+
+def cmd_restore(args):
+    """tiny/checkpoint -> tiny/work: what `vae` and `flow` would have left, so that another sitting of `flow` can follow."""
+    model, vae, text, _ = load_base("tiny")
+    make_tokenizers(WORK)
+    z = encode_all(vae, np.load(WORK / "images.npy", mmap_mode="r"))
+    np.save(WORK / "latents.npy", ((z - vae.shift) * vae.scaling).half().numpy())
+    save(vae.state_dict(), WORK / "vae.safetensors")
+    (WORK / "vae.json").write_text((ROOT / "tiny" / "checkpoint" / "vae" / "config.json").read_text())
+    weights = torch.nn.ModuleDict({"model": model, "text": text}).state_dict()
+    save({f"{a}.{k}": v.clone() for a in ("now", "avg") for k, v in weights.items()} | {"step": torch.tensor(args.step)}, WORK / "flow.safetensors")
 
 
 def cmd_export(args):
@@ -274,13 +316,14 @@ def cmd_export(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("stage", choices=["render", "vae", "flow", "export"])
+    parser.add_argument("stage", choices=["render", "vae", "flow", "export", "restore"])
     parser.add_argument("--n", type=int, default=60000, help="scenes in the training world")
     parser.add_argument("--minutes", type=float, default=12., help="of wall clock for this sitting")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=128, help="of flow")
     parser.add_argument("--cool", type=float, default=.35, help="the last share of the sitting in which flow's rate falls to 0")
     parser.add_argument("--ema", type=float, default=.995, help="decay of flow's weight average")
+    parser.add_argument("--step", type=int, default=7545, help="of restore: how many steps the committed checkpoint has behind it")
     parser.add_argument("--out", default=str(ROOT / "tiny" / "checkpoint"), help="of export")
     args = parser.parse_args()
     globals()["cmd_" + args.stage](args)

@@ -221,7 +221,7 @@ def _bytes(rgb):
 
 def judge(scene, images, tau=0.):
     """Reads the attributes of pictures that share a Scene's geometry: the nearest (least squared error) of all
-    1,200 combinations drawn for it. images: (n, 64, 64, 3) uint8 -> list of n dicts."""
+    960 combinations drawn for it. images: (n, 64, 64, 3) uint8 -> list of n dicts."""
     names, drawn = [], []
     falls = {w: _pattern(scene, w, tau) for w in ("rain", "snowfall")} | {"clear": 0., "fog": 0.}
     for time, weather, style in itertools.product(*(ATTRIBUTES[k] for k in ("time", "weather", "style"))):

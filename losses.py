@@ -13,20 +13,31 @@ def cosine_cue(v, v_src, v_tgt, alpha):
     return 1 - cos + alpha * F.mse_loss(v, v_tgt), cos.detach()
 
 
-def delta_cue(v, v_x, v_src, v_tgt, x, x_t, y_t, t):
-    """A cue from the difference of two errors: the edit is right when the base errs on it as it errs on the source.
+def fade(guidance, t):
+    """The target's guidance at t: full below .72, none above .92. Up there the base hardly sees the house, and guidance would
+    amplify what it imagines instead (bench/cue.py; in sampling: arXiv 2404.07724). t (B,) -> (B, 1, 1, 1)"""
+    return 1 + (guidance - 1) * ((.92 - t[:, None, None, None]) / .2).clamp(0, 1)
+
+
+def delta_change(v_src, v_tgt, x, x_t, y_t, t):
+    """What the text changes, as the difference of two errors: the edit is right when the base errs on it as it errs on the source.
 
     The base's v_src is a blurry mean while the editor sees a sharp source: measured from v_src even the perfect edit is not
-    parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise, and v must be v_x + w d:
-    v_x leads back to the source, the base's blur cancels in d (Delta Denoising Score, arXiv 2304.07090; FlowEdit, 2412.08629), and
-    w = |d|^2 / (|d|^2 + |e|^2), at each place, is the trust in d: where e, the base's error on the source, is as large as what the
-    text changes, the base does not see what stands there, and would paint winter over the house. At t = 1 it sees nothing.
-    v, v_x, v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1] -> loss, mean cosine of the edit with w d in [-1, 1]
+    parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise: the base's blur cancels in
+    d (Delta Denoising Score, arXiv 2304.07090; FlowEdit, 2412.08629). w = |d|^2 / (|d|^2 + |e|^2), at each place, is the trust in d:
+    where e, the base's error on the source, is as large as what the text changes, the base does not see what stands there, and
+    would paint winter over the house. At t = 1 it sees nothing.
+    v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1] -> the wanted change w d of the velocity (B, C, H, W)
     """
     s = t[:, None, None, None]
     x_src, y_tgt = x_t - s * v_src, y_t - s * v_tgt                             # what the base takes the clean pictures for
     d, e = (F.avg_pool2d(a.square().mean(1, keepdim=True), 3, 1, 1, count_include_pad=False) for a in (y_tgt - x_src, x - x_src))
-    change = (s < 1) * d / (d + e) * (v_tgt - v_src)
+    return (s < 1) * d / (d + e) * (v_tgt - v_src)
+
+
+def delta_cue(v, v_x, change, t):
+    """The cue of the embedded recipe: v must be v_x, which leads back to the source, plus the wanted change.
+    v, v_x, change (B, C, H, W), t (B,) -> loss, mean cosine of the edit with the change in [-1, 1]"""
     cos = F.cosine_similarity((v - v_x).flatten(1), change.flatten(1), dim=1)[t < 1]
     return F.mse_loss(v, v_x + change), cos.mean().nan_to_num().detach()
 
@@ -64,9 +75,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     w, at_y, at_x = None if o.guidance == 1 else o.guidance, (y_t, t), (x_t, t)
     if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
         at_y, at_x = ((z + s * (eps_cue - eps), t) for z in (y_t, x_t))
-        if w is not None:                                   # guidance sharpens what the base sees: none where it sees little
-            w = 1 + (w - 1) * ((.92 - s) / .2).clamp(0, 1)
-        queries = [(at_x, src, None), (at_y, tgt, w)]
+        queries = [(at_x, src, None), (at_y, tgt, None if w is None else fade(w, t))]
     else:
         queries = [(at_y, src, w), (at_y, tgt, w)] + ([(at_x, src, w), (at_x, tgt, w)] if o.reverse else [])
     v_src, v_tgt, *u = teacher(model, queries, prompts["null"])
@@ -74,7 +83,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
     if o.cue == "delta":
-        prior, cos = delta_cue(v_fwd, eps - x, v_src, v_tgt, x, at_x[0], at_y[0], t)
+        prior, cos = delta_cue(v_fwd, eps - x, delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t), t)
     else:
         prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
     if o.routing == "backprop":

@@ -43,8 +43,8 @@ class Linear(nn.Linear):
         if adapter is None or (down := adapter.get(self.name + ".lora_A.weight")) is None:
             return F.linear(x, self.weight, self.bias)
         up = adapter[self.name + ".lora_B.weight"]
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and self.weight.dtype == up.dtype:
-            # the product of two thin matrices is cheaper than the detour of every token; in half precision it would lose B A in W
+        if self.weight.dtype == up.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
+            # B A is cheaper than a detour for every token; in half precision W + B A would lose a small B A
             return F.linear(x, torch.addmm(self.weight, up, down), self.bias)
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, down), up)
 

@@ -30,8 +30,8 @@ from sample import contact_sheet, edit
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, ema=.999, warmup=100, cue="cosine"),
-    "tiny": dict(steps=280, batch=12, lr=6e-3, n=8, rank=64, prior=1., reverse=0., cycle=2., identity=1., alpha=.1, guidance=3.,
-                 identity_first=50, identity_share=1., ema=.98, warmup=20, cue="delta"),
+    "tiny": dict(steps=280, batch=16, lr=6e-3, n=8, rank=64, prior=1., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
+                 identity_first=50, identity_share=.5, ema=.98, warmup=20, cue="delta"),
 }
 
 
@@ -52,7 +52,8 @@ def options():
             ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"),
             ("cycle", float, "weight of the cycle"),
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor in the cosine cue"),
-            ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"), ("identity-first", int, "steps of identity alone"),
+            ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
+            ("identity-first", int, "steps of identity alone"),
             ("identity-share", float, "share of later steps with identity"), ("ema", float, "decay of the averaged adapter"),
             ("warmup", int, "steps until the full rate")):
         p.add_argument(f"--{name}", type=kind, help=f"{why} (from the recipe)")

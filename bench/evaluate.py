@@ -53,6 +53,24 @@ def measure(scene, kind, value, output):
     return {"success": not wrong, "wrong": wrong, "preservation_db": psnr(output, source, same), "psnr_truth_db": psnr(output, truth)}
 
 
+def held_out(kind, value, n, seed):
+    """n random scenes that are not yet as the edit wants them."""
+    rng, world = np.random.default_rng((seed, 1)), []
+    while len(world) < n:
+        scene = scenes.sample_scene(rng, style="plain")
+        if getattr(scene, kind) != value:
+            world.append(scene)
+    return world
+
+
+def judge_all(world, kind, value, output):
+    """-> mean figures, how often each attribute was read wrongly, results per scene"""
+    with concurrent.futures.ProcessPoolExecutor(2) as pool:
+        results = list(pool.map(measure, world, [kind] * len(world), [value] * len(world), output, chunksize=4))
+    figures = {k: round(float(np.mean([r[k] for r in results])), 4) for k in ("success", "preservation_db", "psnr_truth_db")}
+    return figures, dict(collections.Counter(k for r in results for k in r["wrong"])), results
+
+
 @torch.no_grad()
 def edit_all(model, vae, adapter, images, prompt, shift, steps, seed):
     out, noise = [], torch.Generator().manual_seed(seed)
@@ -80,23 +98,16 @@ def main():
     kind, value = asked(instr)
     model, vae, text, shift = load_base(config["base"])
     adapter = load_adapter(run / "adapter.safetensors", model)[0]
-    rng, world = np.random.default_rng((o.seed, 1)), []
-    while len(world) < o.n:
-        scene = scenes.sample_scene(rng, style="plain")
-        if getattr(scene, kind) != value:
-            world.append(scene)
+    world = held_out(kind, value, o.n, o.seed)
     images = [scenes.render(s) for s in world]
     with torch.no_grad():
         output = edit_all(model, vae, adapter, images, text([instr]), shift, o.steps, o.seed)
-    with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        results = list(pool.map(measure, world, [kind] * o.n, [value] * o.n, output, chunksize=4))
-    figures = {k: round(float(np.mean([r[k] for r in results])), 4) for k in ("success", "preservation_db", "psnr_truth_db")}
-    wrong = collections.Counter(k for r in results for k in r["wrong"])
+    figures, wrong, results = judge_all(world, kind, value, output)
     failed = [i for i in np.argsort([r["psnr_truth_db"] for r in results]) if not results[i]["success"]]
-    shown = [*range(8), *failed[:8]]
+    shown = [*range(min(8, o.n)), *failed[:8]]
     truth = [scenes.render(dataclasses.replace(world[i], **{kind: value})) for i in shown]
     scenes.sheet([[images[i] for i in shown], [output[i] for i in shown], truth]).save(run / "evaluate.png")
-    print(f"{o.n} held-out scenes, \"{instr}\": read wrongly: {dict(wrong) or 'nothing'}; picture: {run / 'evaluate.png'} "
+    print(f"{o.n} held-out scenes, \"{instr}\": read wrongly: {wrong or 'nothing'}; picture: {run / 'evaluate.png'} "
           "(source, edit, truth; eight first scenes, then the worst failures)")
     print(json.dumps(figures | {"n": o.n, "seed": o.seed, "kinds": {kind: figures}}))
 

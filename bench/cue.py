@@ -1,0 +1,69 @@
+"""What the teacher's cue alone knows: an edit without any training, by following the cue from noise to data.
+
+    python bench/cue.py --n 96 --seed 2024
+
+The edit begins as the source and takes, from t = .92 on, the change that the delta cue asks for (losses.py): where a training
+that followed the cue to the letter would end, and a cheap way to compare cues. Judged as in bench/evaluate.py, a line for each
+guidance, constant and fading with noise. The last line is one JSON object.
+"""
+import argparse
+import json
+
+import numpy as np
+import torch
+from evaluate import held_out, judge_all, scenes            # puts the repository on the path, so first
+
+from data import derive                                     # isort: skip
+from frozen.vae import to_images, to_pixels
+from losses import delta_change, fade, teacher
+from model import load_base
+from routing import time_grid
+
+
+@torch.no_grad()
+def follow(model, x, src, tgt, null, guidance, ts, draws, noise):
+    """x (B, C, H, W) source -> its edit. guidance(t (B,)) -> (B, 1, 1, 1); the cue is averaged over `draws` noises."""
+    y = x
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        change, times = 0, t.repeat(len(x))
+        for _ in range(draws):
+            eps = torch.randn(x.shape, generator=noise)
+            x_t = torch.lerp(x, eps, t)
+            y_t = y + x_t - x                               # the state of a path from eps that would end in y, as FlowEdit has it
+            v_src, v_tgt = teacher(model, [((x_t, times), src, None), ((y_t, times), tgt, guidance(times))], null)
+            change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times) / draws
+        y = y - (t - t_next) * change
+    return y
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--n", type=int, default=96, help="scenes")
+    p.add_argument("--seed", type=int, default=2024, help="of the scenes and of the noise")
+    p.add_argument("--steps", type=int, default=12, help="of the whole way; those above t = .9 become one, at .92")
+    p.add_argument("--draws", type=int, default=2, help="noises that the cue is averaged over")
+    p.add_argument("--guidance", type=float, nargs="+", default=[1., 2., 3.])
+    o = p.parse_args()
+    model, vae, text, shift = load_base("tiny")
+    world, rng = held_out("season", "winter", o.n, o.seed), np.random.default_rng(o.seed)
+    captions = [scenes.caption(s, rng, drop=0.) for s in world]
+    with torch.no_grad():
+        x = vae.encode(to_pixels(np.stack([scenes.render(s) for s in world])))
+        src, tgt, null = (text(p) for p in (captions, [derive("make it winter", c)[0] for c in captions], [""] * o.n))
+    ts, table = time_grid(o.steps, shift), {}
+    ts = torch.cat([torch.tensor([.92]), ts[ts < .9]])
+    constant = lambda w: lambda t: torch.full((len(t), 1, 1, 1), w)
+    for w in o.guidance:
+        for name, guidance in ({"constant": constant(w)} | ({"fading": lambda t: fade(w, t)} if w != 1 else {})).items():
+            y = follow(model, x, src, tgt, null, guidance, ts, o.draws, torch.Generator().manual_seed(o.seed))
+            with torch.no_grad():
+                output = np.concatenate([to_images(vae.decode(part)) for part in y.split(25)])
+            figures, wrong, _ = judge_all(world, "season", "winter", output)
+            table[f"{w:g} {name}"] = figures | {"wrong": wrong}
+            print(f"guidance {w:g} {name:9} success {100 * figures['success']:3.0f} %, preservation {figures['preservation_db']:.1f} dB, "
+                  f"truth {figures['psnr_truth_db']:.1f} dB, read wrongly: {wrong or 'nothing'}", flush=True)
+    print(json.dumps({"n": o.n, "seed": o.seed, "rows": table}))
+
+
+if __name__ == "__main__":
+    main()

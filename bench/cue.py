@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 import torch
-from evaluate import held_out, judge_all, scenes            # puts the repository on the path, so first
+from evaluate import held_out, judge_all, scenes  # puts the repository on the path, so first
 
 from data import derive                                     # isort: skip
 from frozen.vae import to_images, to_pixels

@@ -4,7 +4,7 @@
     python tiny/pretrain.py vae --minutes 12       # the autoencoder; then every picture is encoded once
     python tiny/pretrain.py flow --minutes 60      # flow matching; run again to go on where it stopped
     python tiny/pretrain.py export                 # writes tiny/checkpoint, a diffusers-layout folder
-    python tiny/pretrain.py restore                # the way back: the committed checkpoint, ready for another sitting
+    python tiny/pretrain.py restore                # after render: the committed checkpoint, ready for another flow
 
 Every stage saves to tiny/work and continues from there; Ctrl-C loses at most a minute.
 """

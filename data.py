@@ -132,8 +132,9 @@ def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None):
     return rows
 
 
-def load_image(path, size=None):
-    """One picture, upright, RGB on white. size (h, w): centre-cropped to that aspect and resized with antialiasing.
+def load_image(path, size=None, zoom=1., at=(.5, .5), mirrored=False):
+    """One picture, upright, RGB on white. size (h, w): cropped to that aspect and resized with antialiasing; the crop is `zoom`
+    times the largest possible, `at` places it (0: left or top, 1: right or bottom).
     -> (h, w, 3) uint8. Raises UserError where the file cannot be read as an image."""
     try:
         with warnings.catch_warnings():
@@ -151,16 +152,20 @@ def load_image(path, size=None):
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})")
     if size is not None:
-        img = ImageOps.fit(img, size[::-1], Image.Resampling.LANCZOS)
-    return np.asarray(img)
+        h, w = (s * zoom * min(img.height / size[0], img.width / size[1]) for s in size)
+        top, left = (img.height - h) * at[1], (img.width - w) * at[0]
+        img = img.resize(size[::-1], Image.Resampling.LANCZOS, box=(left, top, min(left + w, img.width), min(top + h, img.height)))
+    return np.asarray(ImageOps.mirror(img) if mirrored else img)
 
 
-def load_rows(rows, size):
-    """Loads every row's picture; the unreadable are left out with a warning. -> images (n, h, w, 3) uint8, rows"""
-    images, good = [], []
+def load_rows(rows, size, views=1, seed=0):
+    """Loads every row's picture; the unreadable are left out with a warning. Of each there are `views`: the first is the picture,
+    the others are random crops of .8 to 1 of it, half of them mirrored. -> images (n, views, h, w, 3) uint8, rows"""
+    images, good, rng = [], [], np.random.default_rng(seed)
     for row in rows:
+        others = [dict(zoom=rng.uniform(.8, 1), at=rng.uniform(0, 1, 2), mirrored=rng.random() < .5) for _ in range(views - 1)]
         try:
-            images.append(load_image(row["path"], size))
+            images.append(np.stack([load_image(row["path"], size, **view) for view in [{}, *others]]))
             good.append(row)
         except UserError as error:
             print(f"warning: skipped {error}", file=sys.stderr)

@@ -235,16 +235,21 @@ def read_tensors(path):
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
 
 
+def key_in_file(name):
+    """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
+    "lora" and reads those that begin with "transformer.", so the source projection, unknown to it, is named to be passed over."""
+    return "source_proj.beside_lora.weight" if name == "source_proj.weight" else "transformer." + name
+
+
 def load_adapter(path, model):
     """An adapter file, checked against the base it is to sit on. -> (adapter, metadata)"""
     tensors, meta = read_tensors(path)
-    tensors = {k.removeprefix("transformer."): v.float().to(model.proj_out.weight.device) for k, v in tensors.items()}
     ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
-    want = new_adapter(model, max(ranks, default=1))
+    want = {key_in_file(k): (k, v) for k, v in new_adapter(model, max(ranks, default=1)).items()}
     for k in want.keys() | tensors.keys():
-        if k not in want or k not in tensors or want[k].shape != tensors[k].shape:
+        if k not in want or k not in tensors or want[k][1].shape != tensors[k].shape:
             raise UserError(f"{path}: does not fit this base at '{k}'; use the base it was trained on (--base)")
-    return tensors, meta
+    return {name: tensors[k].to(v) for k, (name, v) in want.items()}, meta
 
 
 # ---- reading a base --------------------------------------------------------------------------------------------

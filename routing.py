@@ -16,8 +16,8 @@ def time_grid(n, shift=1.):
 def integrate(velocity, eps, ts):
     """Euler from noise to data: y <- y - dt v. velocity(y (B, C, H, W), t (B,)) -> v; yields the state at every node of ts
     but the first, the last of them clean."""
-    y = eps
-    for t, t_next in zip(ts[:-1].tolist(), ts[1:].tolist()):
+    y, ts = eps, ts.tolist()
+    for t, t_next in zip(ts, ts[1:]):
         y = y - (t - t_next) * velocity(y, torch.full((len(y),), t, device=y.device)).float()
         yield y
 

@@ -6,6 +6,7 @@
     python sample.py --base tiny --prompt "a red house in winter" --output house.png
 """
 import argparse
+import math
 import pathlib
 import sys
 
@@ -109,7 +110,7 @@ def main():
 
     if not o.input:
         held, target = config["held"], o.output or "edited.png"
-        columns = [[data.load_image(row["path"], (config["size"],) * 2) for row in held]]
+        columns = [[data.load_image(row["path"], config["size"]) for row in held]]
         columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held]))))
         if not o.instr:                                     # how another edit is undone only its caption would say
             columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held]))))
@@ -126,7 +127,7 @@ def main():
                 raise
             print(f"warning: skipped {error}", file=sys.stderr)
             continue
-        h, w = working_size(*image.shape[:2], model, vae, config["size"])
+        h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** .5)
         y = run_edit([data.load_image(path, (h, w))], [instr])
         where = (target / path.relative_to(source)).with_suffix(".png") if many else target
         save_image(to_images(vae.decode(y))[0], where)

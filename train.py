@@ -5,7 +5,7 @@
     python train.py --data tiny/examples --instr "make it winter" --resume  # goes on where it stopped
 
 Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl, samples/, README.md (the card), and
-state.safetensors for --resume.
+checkpoint.safetensors for --resume.
 """
 import argparse
 import json
@@ -22,17 +22,26 @@ from tqdm import tqdm
 import data
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, choose_base, load_base, new_adapter, read_tensors
+from model import UserError, choose_base, key_in_file, load_base, new_adapter, read_tensors
 from routing import ROUTES, time_grid
-from sample import contact_sheet, edit
+from sample import contact_sheet, edit, working_size
 
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, ema=.999, warmup=100, cue="cosine"),
+                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, source_rate=1., cue="cosine"),
     "tiny": dict(steps=280, batch=16, lr=6e-3, n=8, rank=64, prior=1., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=50, identity_share=.5, ema=.98, warmup=20, cue="delta"),
+                 identity_first=50, identity_share=.5, ema=.98, warmup=20, views=1, source_rate=1., cue="delta"),
 }
+
+
+def pixels(text):
+    """"512" or "512x768" -> (height, width)"""
+    h, _, w = text.partition("x")
+    size = int(h), int(w or h)
+    if min(size) < 16:
+        raise ValueError
+    return size
 
 
 def options():
@@ -55,13 +64,15 @@ def options():
             ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
             ("identity-first", int, "steps of identity alone"),
             ("identity-share", float, "share of later steps with identity"), ("ema", float, "decay of the averaged adapter"),
-            ("warmup", int, "steps until the full rate")):
+            ("warmup", int, "steps until the full rate"), ("source-rate", float, "learning rate of the source projection, in --lr"),
+            ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{why} (from the recipe)")
     p.add_argument("--cue", choices=["cosine", "delta"], help="how the teacher is followed, losses.py (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--clip", type=float, default=1., help="largest gradient norm")
-    p.add_argument("--size", type=int, default=512, help="pixels a side for large bases; never above the base's own")
+    p.add_argument("--size", type=pixels, default=(512, 512), metavar="N|HxW",
+                   help="pixels; rounded to whole patches, and shrunk to the area of the base's own pictures where it is larger")
     p.add_argument("--every", type=int, default=100, help="steps between sample sheets and saves")
     p.add_argument("--held", type=int, default=6, help="images kept out of training, for the sample sheets")
     p.add_argument("--seed", type=int, default=0)
@@ -72,7 +83,7 @@ def options():
         o.recipe = "tiny" if o.base == "tiny" else "paper"
     for k, v in RECIPES[o.recipe].items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
-    for k in ("steps", "batch", "n", "rank", "accumulate", "every", "lr", "clip"):
+    for k in ("steps", "batch", "n", "rank", "views", "accumulate", "every", "lr", "clip"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
     return o
@@ -119,9 +130,9 @@ besides its LoRA; other tools may load the LoRA, but cannot edit with it.
 def main():
     o = options()
     out, device = pathlib.Path(o.out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (out / "state.safetensors").exists() and not o.resume:
+    if (out / "checkpoint.safetensors").exists() and not o.resume:
         raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2)
-    if o.resume and not (out / "state.safetensors").exists():
+    if o.resume and not (out / "checkpoint.safetensors").exists():
         raise UserError(f"{out} holds no run to resume; leave --resume away to begin one", 2)
     paths = data.find_images(o.data)
     rows = data.read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo)
@@ -129,13 +140,13 @@ def main():
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
     own = vae.factor * model.sample_size
-    size = min(o.size, own)
-    images, rows = data.load_rows(rows, (size, size))
+    size = working_size(*o.size, model, vae, min(own, math.prod(o.size) ** .5))
+    images, rows = data.load_rows(rows, size, o.views, o.seed)
     torch.manual_seed(o.seed)
 
     # Encode everything once; the encoders are not needed after that.
     with torch.no_grad():
-        latents = torch.cat([vae.encode(to_pixels(images[i:i + 8]).to(device)) for i in range(0, len(images), 8)])
+        latents = torch.stack([vae.encode(to_pixels(views).to(device)) for views in images])        # (rows, views, C, h, w)
         texts = sorted({"", *(r[k] for r in rows for k in ("src", "tgt", "instr", "undo"))})
         context, pooled = (torch.cat(a) for a in zip(*(text([s]) for s in texts)))
     index = {s: i for i, s in enumerate(texts)}
@@ -150,11 +161,12 @@ def main():
     adapter = new_adapter(model, o.rank)
     average = {k: v.detach().clone() for k, v in adapter.items()}
     params = list(adapter.values())
-    opt = torch.optim.AdamW(params, lr=o.lr, weight_decay=1e-2)
+    lora = [v for k, v in adapter.items() if k != "source_proj.weight"]
+    opt = torch.optim.AdamW([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
     rng, first = torch.Generator().manual_seed(o.seed), 0
     if o.resume:
-        state, meta = read_tensors(out / "state.safetensors")
+        state, meta = read_tensors(out / "checkpoint.safetensors")
         first = int(meta["step"])
         rng.set_state(state["rng"])
         with torch.no_grad():
@@ -175,7 +187,7 @@ def main():
     ts = time_grid(o.n, shift)
 
     def save(step):
-        write_tensors(out / "adapter.safetensors", {"transformer." + k: v for k, v in average.items()},
+        write_tensors(out / "adapter.safetensors", {key_in_file(k): v for k, v in average.items()},
                       base=o.base, rank=o.rank, step=step, format="pt",
                       note="nanoByG adapter: LoRA (alpha = rank) and source_proj; without source_proj it does not edit")
         moments = {f"{a}.{k}": opt.state[p][b] for k, p in adapter.items() if p in opt.state
@@ -184,12 +196,12 @@ def main():
             moments.setdefault(f"m.{k}", torch.zeros_like(p))
             moments.setdefault(f"v.{k}", torch.zeros_like(p))
         updates = int(next((s["step"] for s in opt.state.values()), 0))
-        write_tensors(out / "state.safetensors", {f"now.{k}": v for k, v in adapter.items()} | moments |
+        write_tensors(out / "checkpoint.safetensors", {f"now.{k}": v for k, v in adapter.items()} | moments |
                       {f"avg.{k}": v for k, v in average.items()} | {"rng": rng.get_state()}, step=step, updates=updates)
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
-        x, seed = latents[held], torch.Generator().manual_seed(1)
+        x, seed = latents[held, 0], torch.Generator().manual_seed(1)
         eps = torch.randn(x.shape, generator=seed).to(device)
         with torch.no_grad():
             with autocast:
@@ -218,13 +230,14 @@ def main():
     for step in bar:
         rate = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
         for group in opt.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         figures = {}
         for _ in range(o.accumulate):
             b = train_on[torch.randint(len(train_on), (o.batch,), generator=rng)]
             k = torch.randint(0, o.n, (o.batch,), generator=rng)                # nodes of the grid: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
-            x, (eps, eps_cue) = latents[b], torch.randn((2, o.batch, *latents.shape[1:]), generator=rng).to(device)
+            x = latents[b, torch.randint(o.views, (o.batch,), generator=rng)]
+            eps, eps_cue = torch.randn((2, *x.shape), generator=rng).to(device)
             prompts = {name: prompt(i[b]) for name, i in ids.items()}
             if with_id:                                                         # an independent graph: its own backward
                 t = ts[k].to(device)

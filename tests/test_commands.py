@@ -27,7 +27,7 @@ def out(tmp_path_factory):
 
 
 def test_training_leaves_everything(out):
-    for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "state.safetensors", "samples/000000.png", "samples/000004.png"):
+    for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "checkpoint.safetensors", "samples/000000.png", "samples/000004.png"):
         assert (out / name).exists(), name
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     captions = {row["file_name"]: row["text"] for row in map(json.loads, (ROOT / "tiny/examples/metadata.jsonl").read_text().splitlines())}
@@ -47,7 +47,7 @@ def test_resume_goes_on_exactly(out, tmp_path):
     assert halted.returncode == 130, halted.stderr
     assert call(*common).returncode == 2                                        # nothing is overwritten without --resume
     assert call(*common, "--resume").returncode == 0
-    a, b = load_file(out / "state.safetensors"), load_file(tmp_path / "b" / "state.safetensors")
+    a, b = load_file(out / "checkpoint.safetensors"), load_file(tmp_path / "b" / "checkpoint.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 
@@ -83,5 +83,8 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
         done = call(*args)
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
         assert done.stderr.strip().splitlines()[-1].startswith(args[0])
-    done = call("train.py", "--data", mixed, *winter, "--steps", 1, "--batch", 1)
+    done = call("train.py", "--data", mixed, *winter, "--steps", 1, "--batch", 1, "--size", "48x80")
     assert done.returncode == 0 and "skipped" in done.stderr
+    assert json.loads((tmp_path / "o/config.json").read_text())["size"] == [48, 80]
+    done = call("train.py", "--data", mixed, *winter, "--size", "wide")
+    assert done.returncode == 2 and "--size" in done.stderr

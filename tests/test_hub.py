@@ -1,20 +1,24 @@
 """Whatever diffusers and transformers write, we read; what cannot be a base is refused in one sentence."""
+import gzip
+import importlib.util
 import json
 import pathlib
 import random
 import shutil
 import types
+import warnings
 
 import huggingface_hub as hub
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from frozen.text import CLIPText, Tokenizer
+from frozen.text import CLIPText, Tokenizer, byte_symbols
 from frozen.vae import VAE
-from model import MMDiT, UserError, find_base, load_base, load_part
+from model import MMDiT, UserError, find_base, key_in_file, load_adapter, load_base, load_part, new_adapter
+from train import write_tensors
 
 CHECKPOINT = pathlib.Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
 SMALL = dict(sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, in_channels=4, out_channels=4, joint_attention_dim=48,
@@ -104,16 +108,56 @@ def strings(n=2000):
     return out
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-def test_tokenizer_gives_transformers_ids_on_2000_strings_from_either_format(name, tmp_path):
-    theirs = CLIPTokenizer.from_pretrained(CHECKPOINT / name)
-    theirs.save_pretrained(tmp_path)                                            # transformers 5 writes tokenizer.json alone
-    assert (tmp_path / "tokenizer.json").exists() and not (tmp_path / "merges.txt").exists()
-    texts, ours = strings(), Tokenizer(CHECKPOINT / name)
+def clip_vocabulary(folder, pad):
+    """CLIP's own 49,408 words as SD3's tokenizer folders hold them, from the merges that open_clip carries."""
+    packed = pathlib.Path(importlib.util.find_spec("open_clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    merges = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")[1:49152 - 256 - 2 + 1]
+    symbols = [*byte_symbols().values()]
+    words = symbols + [s + "</w>" for s in symbols] + ["".join(m.split()) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>", "pad_token": pad}))
+    return folder
+
+
+@pytest.mark.parametrize("vocabulary", ["embedded", "CLIP"])
+@pytest.mark.parametrize("name, pad", [("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")])
+def test_tokenizer_gives_transformers_ids_on_2000_strings_from_either_format(vocabulary, name, pad, tmp_path):
+    folder = CHECKPOINT / name if vocabulary == "embedded" else clip_vocabulary(tmp_path / "clip", pad)
+    theirs = CLIPTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "saved")                                  # transformers 5 writes tokenizer.json alone
+    assert (tmp_path / "saved/tokenizer.json").exists() and not (tmp_path / "saved/merges.txt").exists()
+    texts, ours = strings(), Tokenizer(folder)
     want = theirs(texts, padding="max_length", max_length=ours.length, truncation=True, return_tensors="pt").input_ids
-    for tokenizer in (ours, Tokenizer(tmp_path)):
+    assert vocabulary == "embedded" or (want.max() == 49407 and ours(["a red house"])[0, :5].tolist() == [49406, 320, 736, 1212, 49407])
+    for tokenizer in (ours, Tokenizer(tmp_path / "saved")):
         wrong = [(t, a, b) for t, a, b in zip(texts, tokenizer(texts).tolist(), want.tolist()) if a != b]
         assert not wrong, (len(wrong), wrong[0])
+
+
+def test_diffusers_loads_our_adapter_and_merges_it_to_our_weights(tmp_path):
+    model = load_base(str(CHECKPOINT))[0]
+    adapter = {k: torch.randn_like(v) * .02 for k, v in new_adapter(model, 4).items()}
+    write_tensors(tmp_path / "adapter.safetensors", {key_in_file(k): v for k, v in adapter.items()}, rank=4, format="pt")
+    write_tensors(tmp_path / "checkpoint.safetensors", {"now.x": torch.zeros(1)})       # a run's folder holds this, too
+    again, meta = load_adapter(tmp_path / "adapter.safetensors", model)
+    assert meta["rank"] == "4" and again.keys() == adapter.keys() and all(torch.equal(again[k], v) for k, v in adapter.items())
+    pipe = StableDiffusion3Pipeline.from_pretrained(CHECKPOINT, text_encoder_3=None, tokenizer_3=None, image_encoder=None,
+                                                    feature_extractor=None, torch_dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe.load_lora_weights(tmp_path, adapter_name="byg")
+    loaded = {k.replace(".byg", ""): v for k, v in pipe.transformer.state_dict().items() if "lora_" in k}
+    assert loaded.keys() == adapter.keys() - {"source_proj.weight"}                     # nothing left out, nothing unexpected
+    pipe.fuse_lora()
+    merged = pipe.transformer.state_dict()
+    for name, module in model.named_modules():
+        if (down := adapter.get(name + ".lora_A.weight")) is not None:
+            want = module.weight + adapter[name + ".lora_B.weight"] @ down
+            torch.testing.assert_close(merged[name + ".base_layer.weight"], want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture

@@ -36,15 +36,15 @@ def test_transformer_equals_diffusers(tmp_path, qk_norm, dual, heads):
         close(ours(x, t, (text, pooled)), theirs(x, padded, pooled, t * 1000).sample)
 
 
-@pytest.mark.parametrize("quant", [True, False])
-def test_vae_equals_diffusers(tmp_path, quant):
+@pytest.mark.parametrize("quant, size", [(True, (40, 24)), (False, (40, 24)), (False, (41, 27))], ids=["quant", "plain", "odd size"])
+def test_vae_equals_diffusers(tmp_path, quant, size):
     theirs = randomise(AutoencoderKL(
         block_out_channels=(8, 16, 16), layers_per_block=2, norm_num_groups=4, latent_channels=5, use_quant_conv=quant,
         use_post_quant_conv=quant, down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
         scaling_factor=1.5, shift_factor=.06))
     theirs.save_pretrained(tmp_path)
     ours = load_part(VAE, tmp_path, "cpu", torch.float32)
-    pixels = torch.rand(2, 3, 40, 24) * 2 - 1
+    pixels = torch.rand(2, 3, *size) * 2 - 1
     with torch.no_grad():
         x = (theirs.encode(pixels).latent_dist.mean - .06) * 1.5
         close(ours.encode(pixels), x)

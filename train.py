@@ -31,7 +31,7 @@ RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, source_rate=1., cue="cosine"),
     "tiny": dict(steps=280, batch=16, lr=6e-3, n=8, rank=64, prior=1., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=50, identity_share=.5, ema=.98, warmup=20, views=1, source_rate=1., cue="delta"),
+                 identity_first=50, identity_share=.5, ema=.98, warmup=20, views=8, source_rate=5., cue="delta"),
 }
 
 

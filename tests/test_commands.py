@@ -27,7 +27,8 @@ def out(tmp_path_factory):
 
 
 def test_training_leaves_everything(out):
-    for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "checkpoint.safetensors", "samples/000000.png", "samples/000004.png"):
+    for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "checkpoint.safetensors",
+                 "samples/000000.png", "samples/000004.png"):
         assert (out / name).exists(), name
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     captions = {row["file_name"]: row["text"] for row in map(json.loads, (ROOT / "tiny/examples/metadata.jsonl").read_text().splitlines())}

@@ -60,18 +60,27 @@ def identity_loss(model, adapter, x, x_t, t, v, undo):
 
 
 def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
-    """Everything of Algorithm 1 but identity, for one batch.
+    """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
 
-    x, eps (B, C, H, W) clean source latent and noise; prompts: dict of (context, pooled) for src, tgt, instr, undo, null;
-    eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for each sample; average: the averaged
-    adapter of the bootstrap; o: options routing, cue, alpha, guidance, cycle, prior, reverse. -> loss, dict of figures
+    x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
+    pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for
+    each sample; average: the averaged adapter of the bootstrap; o: options states, routing, bootstrap, cue, alpha, guidance, cycle,
+    prior, reverse. -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
     s = t[:, None, None, None]
     x_t = (1 - s) * x + s * eps
-    with torch.no_grad():                                   # bootstrap
-        y_t, y_0 = rollout(lambda y, t: model(y, t, instr, x, average), eps, ts, k)
+    first = slice(len(x) // o.states)                       # the trajectories; the rest of the batch are more states of the same
+
+    def own_rollout(a):
+        return rollout(lambda y, t: model(y, t, tuple(p[first] for p in instr), x[first], a), eps[first], ts, k.to(x.device))
+
+    if o.bootstrap:
+        with torch.no_grad():
+            y_t, y_0 = own_rollout(average)
+    else:
+        y_t = x_t                                           # the ablation: the editor only ever meets the noised source
     w, at_y, at_x = None if o.guidance == 1 else o.guidance, (y_t, t), (x_t, t)
     if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
         at_y, at_x = ((z + s * (eps_cue - eps), t) for z in (y_t, x_t))
@@ -82,12 +91,16 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
 
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
+    if not o.bootstrap:
+        y_0 = y_hat
     if o.cue == "delta":
         prior, cos = delta_cue(v_fwd, eps - x, delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t), t)
     else:
         prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
+        if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction
+            prior = F.mse_loss(v_fwd, v_tgt)
     if o.routing == "backprop":
-        y_0 = rollout(lambda y, t: model(y, t, instr, x, adapter), eps, ts, k)[1]
+        y_0 = own_rollout(adapter)[1]
 
     v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter).float()      # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)

@@ -36,17 +36,17 @@ NAMED = {                                           # bases one can ask for by a
 
 
 class Linear(nn.Linear):
-    """A linear layer that adds the low-rank path B A x where an adapter is given. `name` is set by MMDiT."""
-    name = ""
+    """A linear layer that adds the low-rank path B A x where an adapter is given, or takes the weight W + B A that `merged` made."""
+    name = ""                                       # within the block; set by MMDiT
 
     def forward(self, x, adapter=None):
-        if adapter is None or (down := adapter.get(self.name + ".lora_A.weight")) is None:
+        if adapter is None:
             return F.linear(x, self.weight, self.bias)
-        up = adapter[self.name + ".lora_B.weight"]
-        if self.weight.dtype == up.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type):
-            # B A is cheaper than a detour for every token; in half precision W + B A would lose a small B A
-            return F.linear(x, torch.addmm(self.weight, up, down), self.bias)
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, down), up)
+        if (weight := adapter.get(self.name + ".weight")) is not None:
+            return F.linear(x, weight, self.bias)
+        if (down := adapter.get(self.name + ".lora_A.weight")) is None:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
 
 
 def modulate(x, shift, scale):
@@ -157,9 +157,10 @@ class MMDiT(nn.Module):
             Block(d, heads, qk_norm, i in dual, i == layers - 1) for i in range(layers))
         self.norm_out = Modulation(d, 2)
         self.proj_out = nn.Linear(d, self.patch ** 2 * (get("out_channels") or self.channels))
-        for name, module in self.named_modules():
-            if isinstance(module, Linear):
-                module.name = name
+        for block in self.transformer_blocks:               # names within the block: all blocks are then one code to torch.compile
+            for name, module in block.named_modules():
+                if isinstance(module, Linear):
+                    module.name = name
 
     def positions(self, h, w):
         """The centre h x w of the sin-cos table. -> (1, h*w, D)"""
@@ -187,8 +188,8 @@ class MMDiT(nn.Module):
         context = self.context_embedder(context)                                            # (B, L + 1, D)
         bias = torch.zeros(1, 1, 1, x.shape[1] + context.shape[1], device=x.device)
         bias[..., -1] = math.log(T5_ZEROS)
-        for block in self.transformer_blocks:
-            args = (x, context, temb, bias, adapter)
+        for block, part in zip(self.transformer_blocks, per_block(adapter, len(self.transformer_blocks))):
+            args = (x, context, temb, bias, part)
             keep = self.checkpointing and torch.is_grad_enabled()
             # non-reentrant: the reentrant kind drops the adapter's gradient where the inputs need none
             x, context = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
@@ -235,6 +236,18 @@ def read_tensors(path):
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
 
 
+def merged(model, adapter):
+    """The adapter with W + B A in place of each B, A, differentiable: in float32 cheaper than the detour through the low rank, if
+    it is used for many tokens or passes. In half precision W + B A would lose a small B A, so there the adapter stays as it is."""
+    if model.proj_out.weight.dtype != torch.float32 or torch.is_autocast_enabled(model.proj_out.weight.device.type):
+        return adapter
+    out = {"source_proj.weight": adapter["source_proj.weight"]}
+    for name, module in model.named_modules():
+        if (down := adapter.get(name + ".lora_A.weight")) is not None:
+            out[name + ".weight"] = torch.addmm(module.weight, adapter[name + ".lora_B.weight"], down)
+    return out
+
+
 def key_in_file(name):
     """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
     "lora" and reads those that begin with "transformer.", so the source projection, unknown to it, is named to be passed over."""
@@ -250,6 +263,18 @@ def load_adapter(path, model):
         if k not in want or k not in tensors or want[k][1].shape != tensors[k].shape:
             raise UserError(f"{path}: does not fit this base at '{k}'; use the base it was trained on (--base)")
     return {name: tensors[k].to(v) for k, (name, v) in want.items()}, meta
+
+
+def per_block(adapter, n):
+    """The adapter of each of n blocks, by names within the block: "transformer_blocks.3.attn.to_q.lora_A.weight" -> [3]["attn.to_q..."]"""
+    if adapter is None:
+        return [None] * n
+    parts = [{} for _ in range(n)]
+    for key, v in adapter.items():
+        if key.startswith("transformer_blocks."):
+            _, i, name = key.split(".", 2)
+            parts[int(i)][name] = v
+    return parts
 
 
 # ---- reading a base --------------------------------------------------------------------------------------------

@@ -23,12 +23,14 @@ def integrate(velocity, eps, ts):
 
 
 def rollout(velocity, eps, ts, k):
-    """Bootstrap (Algorithm 1, step 2): the editor's own trajectory from eps. k (B,) is each sample's node of ts.
-    -> y_t (B, C, H, W), the exact state at ts[k], and y_0, the clean end."""
-    y_t = eps
+    """Bootstrap (Algorithm 1, step 2): the editor's own trajectory from eps (B, C, H, W). k (S B,) is the node of ts at which each
+    state is taken, S of them from each trajectory: sample i's are k[i], k[B + i], ...
+    -> y_t (S B, C, H, W), the exact states at ts[k], and y_0 (S B, C, H, W), the clean ends."""
+    times = len(k) // len(eps)
+    y_t = eps.repeat(times, 1, 1, 1)
     for i, y in enumerate(integrate(velocity, eps, ts), start=1):
-        y_t = torch.where((k == i)[:, None, None, None], y, y_t)
-    return y_t, y
+        y_t = torch.where((k == i)[:, None, None, None], y.repeat(times, 1, 1, 1), y_t)
+    return y_t, y.repeat(times, 1, 1, 1)
 
 
 def route(how, y_hat, y_0):

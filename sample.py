@@ -16,12 +16,13 @@ from PIL import Image
 
 import data
 from frozen.vae import to_images, to_pixels
-from model import UserError, choose_base, load_adapter, load_base, read_json
+from model import UserError, choose_base, load_adapter, load_base, merged, read_json
 from routing import integrate, time_grid
 
 
 def edit(model, adapter, x, prompt, eps, ts):
     """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source -> (B, C, H, W)"""
+    adapter = merged(model, adapter)
     *_, y = integrate(lambda y, t: model(y, t, prompt, x, adapter), eps, ts)
     return y
 

@@ -3,35 +3,49 @@
     python train.py --data tiny/examples --instr "make it winter"           # laptop: the embedded base, minutes
     python train.py --data photos/ --instr "make it winter" --base bokeh    # CUDA: a pretrained SD3.5
     python train.py --data tiny/examples --instr "make it winter" --resume  # goes on where it stopped
+    torchrun --nproc_per_node 2 train.py --data ... --instr ...             # several GPUs, or processor cores: the same run, shared
 
 Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl, samples/, README.md (the card), and
 checkpoint.safetensors for --resume.
 """
 import argparse
+import atexit
+import contextlib
 import json
 import math
+import os
 import pathlib
 import signal
+import socket
+import subprocess
 import sys
 import time
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 import data
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, choose_base, key_in_file, load_base, new_adapter, read_tensors
+from model import UserError, choose_base, key_in_file, load_base, merged, new_adapter, read_tensors
 from routing import ROUTES, time_grid
 from sample import contact_sheet, edit, working_size
 
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, source_rate=1., cue="cosine"),
-    "tiny": dict(steps=280, batch=16, lr=6e-3, n=8, rank=64, prior=1., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=50, identity_share=.5, ema=.98, warmup=20, views=8, source_rate=5., cue="delta"),
+                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine"),
+    "tiny": dict(steps=380, batch=16, lr=6e-3, n=8, rank=64, prior=2., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
+                 identity_first=50, identity_share=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta"),
 }
 
 
@@ -64,10 +78,13 @@ def options():
             ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
             ("identity-first", int, "steps of identity alone"),
             ("identity-share", float, "share of later steps with identity"), ("ema", float, "decay of the averaged adapter"),
+            ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
             ("warmup", int, "steps until the full rate"), ("source-rate", float, "learning rate of the source projection, in --lr"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{why} (from the recipe)")
-    p.add_argument("--cue", choices=["cosine", "delta"], help="how the teacher is followed, losses.py (from the recipe)")
+    p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True,
+                   help="train on the editor's own rollout; no: on the noised source")
+    p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--clip", type=float, default=1., help="largest gradient norm")
@@ -83,9 +100,11 @@ def options():
         o.recipe = "tiny" if o.base == "tiny" else "paper"
     for k, v in RECIPES[o.recipe].items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
-    for k in ("steps", "batch", "n", "rank", "views", "accumulate", "every", "lr", "clip"):
+    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    if o.batch % (RANKS * o.states):
+        p.error(f"--batch {o.batch} cannot be shared evenly by --states {o.states}" + f" and {RANKS} ranks" * (RANKS > 1))
     return o
 
 
@@ -98,17 +117,83 @@ def precision(name, device):
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def write(path, text):
-    """Text or JSON data into a file that is complete or absent."""
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name beside path; what was written there becomes path, which is complete or as it was before."""
     tmp = path.with_name(path.name + ".tmp")
-    tmp.write_text(text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8")
-    tmp.replace(path)
+    try:
+        yield tmp
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())                         # on the disk before it takes the old one's place
+        tmp.replace(path)
+    except (OSError, SafetensorError) as error:             # a full disk, a folder one may not write to
+        tmp.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}); what was saved before is unharmed")
+
+
+def write(path, text):
+    """Text, or data as JSON."""
+    with replacing(path) as tmp:
+        tmp.write_text(text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8")
 
 
 def write_tensors(path, tensors, **meta):
-    tmp = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
-    tmp.replace(path)
+    with replacing(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
+
+
+def claim(out):
+    """Makes the folder and refuses it while another process trains there; the lock ends with the process, however it ends."""
+    try:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        lock = open(out / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written to ({error}); choose another --out")
+    if fcntl:                                               # not on Windows
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is training in {out}; wait for it, or choose another --out", 2)
+    return lock
+
+
+def cut_log(file, step):
+    """A resumed run writes its steps again: keeps the log's whole lines up to `step`."""
+    kept = []
+    for line in file.read_text("utf-8", "replace").splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write(file, "".join(kept))
+
+
+def start_second():
+    """On a processor two processes, each with half of the threads and of the batch, are faster than one with all: small operations
+    do not parallelise. Starts rank 1 with our own command line and becomes rank 0; when one dies, the other's `share` fails."""
+    global RANKS
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.set_num_threads(threads := torch.get_num_threads() // 2)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0", "OMP_NUM_THREADS": str(threads)}
+    place = getattr(os, "sched_setaffinity", lambda pid, cores: None)           # Linux: each on cores of its own, a sixth faster
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    place(0, cores[1::2] or cores)
+    atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": "1"}).terminate)
+    place(0, cores[::2])
+    RANKS = 2
+
+
+def share(tensors):
+    """Replaces each tensor by its mean over the ranks of torchrun: the gradient of the whole batch."""
+    if RANKS > 1:
+        flat = torch.cat([t.flatten() for t in tensors])
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise UserError(f"another rank of this run has ended ({str(error).splitlines()[0]}); go on from the last save with --resume")
+        for t, mean in zip(tensors, (flat / RANKS).split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
 
 
 def card(o, rows):
@@ -128,27 +213,35 @@ besides its LoRA; other tools may load the LoRA, but cannot edit with it.
 
 
 def main():
-    o = options()
-    out, device = pathlib.Path(o.out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (out / "checkpoint.safetensors").exists() and not o.resume:
-        raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2)
-    if o.resume and not (out / "checkpoint.safetensors").exists():
-        raise UserError(f"{out} holds no run to resume; leave --resume away to begin one", 2)
-    paths = data.find_images(o.data)
-    rows = data.read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo)
-    amp = precision(o.dtype, device)
+    quiet = contextlib.redirect_stderr(open(os.devnull, "w")) if RANK else contextlib.nullcontext()      # rank 0 speaks for all
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    with quiet:
+        o = options()
+        out = pathlib.Path(o.out)
+        if (out / "checkpoint.safetensors").exists() and not o.resume:
+            raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2)
+        if o.resume and not (out / "checkpoint.safetensors").exists():
+            raise UserError(f"{out} holds no run to resume; leave --resume away to begin one", 2)
+        rows = data.read_prompts(o.data, data.find_images(o.data), o.instr, o.src, o.tgt, o.undo)
+        lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        elif RANKS == 1 and o.base == "tiny" and o.batch % (2 * o.states) == 0 and torch.get_num_threads() > 1:
+            start_second()
+        amp = precision(o.dtype, device)
+        model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
+        size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
+        images, rows = data.load_rows(rows, size, o.views, o.seed)
+    if RANKS > 1:
+        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
-    own = vae.factor * model.sample_size
-    size = working_size(*o.size, model, vae, min(own, math.prod(o.size) ** .5))
-    images, rows = data.load_rows(rows, size, o.views, o.seed)
     torch.manual_seed(o.seed)
 
     # Encode everything once; the encoders are not needed after that.
     with torch.no_grad():
         latents = torch.stack([vae.encode(to_pixels(views).to(device)) for views in images])        # (rows, views, C, h, w)
         texts = sorted({"", *(r[k] for r in rows for k in ("src", "tgt", "instr", "undo"))})
-        context, pooled = (torch.cat(a) for a in zip(*(text([s]) for s in texts)))
+        context, pooled = (torch.cat(a) for a in zip(*(text(texts[i:i + 64]) for i in range(0, len(texts), 64))))
     index = {s: i for i, s in enumerate(texts)}
     ids = {k: torch.tensor([index[r[k]] for r in rows]) for k in ("src", "tgt", "instr", "undo")}
     ids["null"] = torch.full((len(rows),), index[""])
@@ -161,7 +254,7 @@ def main():
     adapter = new_adapter(model, o.rank)
     average = {k: v.detach().clone() for k, v in adapter.items()}
     params = list(adapter.values())
-    lora = [v for k, v in adapter.items() if k != "source_proj.weight"]
+    lora = [p for k, p in adapter.items() if k != "source_proj.weight"]
     opt = torch.optim.AdamW([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
     rng, first = torch.Generator().manual_seed(o.seed), 0
@@ -177,42 +270,43 @@ def main():
                                         "exp_avg_sq": state[f"v.{k}"].to(device)}
     if device.type == "cuda":
         model.checkpointing = model.width > 512                                 # large bases: memory before speed
+        torch._dynamo.config.recompile_limit = 64                               # a block's kinds times adapter none, without and with gradient
         for block in model.transformer_blocks:
             block.compile()
-    (out / "samples").mkdir(parents=True, exist_ok=True)
     run = vars(o) | {"size": size, "instruction": rows[0]["instr"],
                      "held": [{"path": str(rows[i]["path"]), "instr": rows[i]["instr"], "undo": rows[i]["undo"]} for i in held]}
-    write(out / "config.json", run)
-    write(out / "README.md", card(o, rows))
+    if RANK == 0:
+        write(out / "config.json", run)
+        write(out / "README.md", card(o, rows))
     ts = time_grid(o.n, shift)
 
     def save(step):
+        if RANK:
+            return
         write_tensors(out / "adapter.safetensors", {key_in_file(k): v for k, v in average.items()},
                       base=o.base, rank=o.rank, step=step, format="pt",
                       note="nanoByG adapter: LoRA (alpha = rank) and source_proj; without source_proj it does not edit")
-        moments = {f"{a}.{k}": opt.state[p][b] for k, p in adapter.items() if p in opt.state
+        moments = {f"{a}.{k}": opt.state.get(p, {}).get(b, torch.zeros_like(p)) for k, p in adapter.items()
                    for a, b in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
-        for k, p in adapter.items():
-            moments.setdefault(f"m.{k}", torch.zeros_like(p))
-            moments.setdefault(f"v.{k}", torch.zeros_like(p))
         updates = int(next((s["step"] for s in opt.state.values()), 0))
         write_tensors(out / "checkpoint.safetensors", {f"now.{k}": v for k, v in adapter.items()} | moments |
                       {f"avg.{k}": v for k, v in average.items()} | {"rng": rng.get_state()}, step=step, updates=updates)
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
-        x, seed = latents[held, 0], torch.Generator().manual_seed(1)
-        eps = torch.randn(x.shape, generator=seed).to(device)
+        if RANK:
+            return 0.
+        x = latents[held, 0]
+        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
         with torch.no_grad():
             with autocast:
                 y = edit(model, average, x, prompt(ids["instr"][held]), eps, time_grid(20, shift))
                 back = edit(model, average, y, prompt(ids["undo"][held]), eps, time_grid(20, shift))
             pictures = [to_images(vae.decode(a)) for a in (x, y, back)]
-        file = out / "samples" / f"{step:06d}.png"
         sheet = contact_sheet(pictures)
-        for f in (file, out / "samples" / "latest.png"):
-            sheet.save(f.with_suffix(".tmp"), "png")
-            f.with_suffix(".tmp").replace(f)
+        for name in (f"{step:06d}.png", "latest.png"):
+            with replacing(out / "samples" / name) as tmp:
+                sheet.save(tmp, "png")
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
         if step > o.identity_first and not .02 < change < 1.5:
             trouble = "is nearly the source" if change < 1 else "has lost the source"
@@ -225,32 +319,39 @@ def main():
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
     if first == 0:
         draw(0)
-    bar = tqdm(range(first + 1, o.steps + 1), initial=first, total=o.steps, file=sys.stderr, unit="step")
-    log, begun, bad, step = open(out / "log.jsonl", "a" if o.resume else "w"), time.time(), 0, first
+    elif RANK == 0:
+        cut_log(out / "log.jsonl", first)
+    bar = tqdm(range(first + 1, o.steps + 1), initial=first, total=o.steps, file=sys.stderr, unit="step", disable=RANK > 0)
+    log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w"), time.time(), 0, first
+    mine = slice(RANK, None, RANKS)                         # every rank draws the whole batch and takes its share
     for step in bar:
         rate = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
         for group in opt.param_groups:
             group["lr"] = rate * group["scale"]
         figures = {}
         for _ in range(o.accumulate):
-            b = train_on[torch.randint(len(train_on), (o.batch,), generator=rng)]
+            own = o.batch // o.states                                           # trajectories; `states` of each are trained on
+            b = train_on[torch.randint(len(train_on), (own,), generator=rng)].repeat(o.states)
             k = torch.randint(0, o.n, (o.batch,), generator=rng)                # nodes of the grid: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
-            x = latents[b, torch.randint(o.views, (o.batch,), generator=rng)]
-            eps, eps_cue = torch.randn((2, *x.shape), generator=rng).to(device)
+            view = torch.randint(o.views, (o.batch,), generator=rng)
+            eps = torch.randn((own, *latents.shape[2:]), generator=rng).repeat(o.states, 1, 1, 1)[mine].to(device)
+            eps_cue = torch.randn((o.batch, *latents.shape[2:]), generator=rng)[mine].to(device)
+            b, k, x, other = b[mine], k[mine], latents[b[mine], 0], latents[b[mine], view[mine]]
             prompts = {name: prompt(i[b]) for name, i in ids.items()}
             if with_id:                                                         # an independent graph: its own backward
                 t = ts[k].to(device)
-                x_t = torch.lerp(x, eps, t[:, None, None, None])
+                x_t = torch.lerp(other, eps, t[:, None, None, None])
                 with autocast:
-                    loss = identity_loss(model, adapter, x, x_t, t, eps - x, prompts["undo"])
+                    loss = identity_loss(model, merged(model, adapter), other, x_t, t, eps - other, prompts["undo"])
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:
                 with autocast:
-                    loss, parts = byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o)
+                    loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o)
                 scaler.scale(loss / o.accumulate).backward()
                 figures |= {a: v.item() for a, v in parts.items()}
+        share([p.grad for p in params])
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, o.clip).item()
         if math.isfinite(norm):
@@ -261,28 +362,39 @@ def main():
             bad = 0
         else:
             bad += 1
-            tqdm.write(f"warning: step {step} skipped: the gradient is not finite", file=sys.stderr)
+            if RANK == 0:
+                tqdm.write(f"warning: step {step} skipped: the gradient is not finite", file=sys.stderr)
         scaler.update()
         opt.zero_grad()
         if bad >= 5:
             save(step)
             raise UserError("five steps in a row had no finite gradient; the last good state is saved. Try a lower --lr, or --dtype fp32")
+        shared = torch.tensor([*figures.values(), len(stop)], device=device)
+        share([shared])
+        *values, halt = shared.tolist()
+        figures = dict(zip(figures, values))
         bar.set_postfix({a: f"{v:.3f}" for a, v in figures.items()}, refresh=False)
         if step % o.every == 0 or step == o.steps:
             figures["change"] = draw(step)
             save(step)
         log.write(json.dumps({"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)} | figures) + "\n")
         log.flush()
-        if stop:
+        if halt:
             save(step)
-            tqdm.write(f"stopped at step {step}; everything is saved, go on with --resume", file=sys.stderr)
-            sys.exit(128 + stop[0])
-    print(f"done: {out}/adapter.safetensors; pictures in {out}/samples; edit with: python sample.py --run {out}")
+            if RANK == 0:
+                tqdm.write(f"stopped at step {step}; everything is saved, go on with --resume", file=sys.stderr)
+            sys.exit(128 + (stop or [signal.SIGINT])[0])
+    if RANK == 0:
+        print(f"done: {out}/adapter.safetensors; pictures in {out}/samples; edit with: python sample.py --run {out}")
 
 
 if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if RANK == 0:
+            print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.code)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

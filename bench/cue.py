@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 import torch
-from evaluate import held_out, judge_all, scenes  # puts the repository on the path, so first
+from evaluate import held_out, judge_all, scenes, summary  # puts the repository on the path, so first
 
 from data import derive                                     # isort: skip
 from frozen.vae import to_images, to_pixels
@@ -58,10 +58,9 @@ def main():
             y = follow(model, x, src, tgt, null, guidance, ts, o.draws, torch.Generator().manual_seed(o.seed))
             with torch.no_grad():
                 output = np.concatenate([to_images(vae.decode(part)) for part in y.split(25)])
-            figures, wrong, _ = judge_all(world, "season", "winter", output)
-            table[f"{w:g} {name}"] = figures | {"wrong": wrong}
+            table[f"{w:g} {name}"] = figures = summary(judge_all(world, ["season"] * o.n, ["winter"] * o.n, output))
             print(f"guidance {w:g} {name:9} success {100 * figures['success']:3.0f} %, preservation {figures['preservation_db']:.1f} dB, "
-                  f"truth {figures['psnr_truth_db']:.1f} dB, read wrongly: {wrong or 'nothing'}", flush=True)
+                  f"truth {figures['psnr_truth_db']:.1f} dB, read wrongly: {figures['wrong'] or 'nothing'}", flush=True)
     print(json.dumps({"n": o.n, "seed": o.seed, "rows": table}))
 
 

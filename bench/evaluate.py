@@ -5,12 +5,13 @@
 success         of all 960 attribute combinations drawn for that very geometry, the nearest to the output is the wished-for one
 preservation_db PSNR to the source over the pixels where source and truth agree
 psnr_truth_db   PSNR to the truth over all pixels
-The last line is one JSON object; out/evaluate.png shows source, edit, truth of the first scenes and of the worst failures.
+For trees (which only the general editor is asked about) success asks besides that the picture is nearer to one with the wished
+trees than to the source. Intervals are 95 %, by bootstrap over scenes. Writes evaluate.json, .md and .png (source, edit, truth of
+the first scenes and of the worst failures); the last line is one JSON object.
 """
 import argparse
 import collections
 import concurrent.futures
-import dataclasses
 import json
 import pathlib
 import sys
@@ -20,12 +21,16 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+from edits import EDITS, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
+
 import data  # noqa: E402
 import scenes  # noqa: E402
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import UserError, load_adapter, load_base, read_json  # noqa: E402
 from routing import time_grid  # noqa: E402
 from sample import edit  # noqa: E402
+
+MAIN = ["season", "time", "weather", "house"]
 
 
 def asked(instr):
@@ -45,10 +50,14 @@ def psnr(a, b, mask=None):
 
 def measure(scene, kind, value, output):
     """One edit against its exact truth. -> dict"""
-    wish = dataclasses.replace(scene, **{kind: value})
+    wish = change(scene, kind, value)
     source, truth = scenes.render(scene), scenes.render(wish)
     read = scenes.judge(wish, output[None])[0]
     wrong = [k for k in scenes.ATTRIBUTES if read[k] != getattr(wish, k)]
+    if kind == "trees":                                     # where new ones stand is the editor's choice: any of 40 placements will do
+        others = [scenes.render(change(scene, kind, value, i)) for i in range(40 if value[0] else 1)]
+        error = [float(((output.astype(np.float32) - p) ** 2).mean()) for p in (source, *others)]
+        wrong += ["trees"] * (min(error[1:]) >= error[0])
     same = np.abs(source.astype(int) - truth).max(-1) <= 2
     return {"success": not wrong, "wrong": wrong, "preservation_db": psnr(output, source, same), "psnr_truth_db": psnr(output, truth)}
 
@@ -63,53 +72,109 @@ def held_out(kind, value, n, seed):
     return world
 
 
-def judge_all(world, kind, value, output):
-    """-> mean figures, how often each attribute was read wrongly, results per scene"""
+def everything(n, seed):
+    """The general editor's examination: n scenes for each kind of edit, asked for in wordings it was not trained on."""
+    rng, groups = np.random.default_rng((seed, 3)), {}
+    for group in [*EDITS, "never asked for", "unseen style"]:
+        cases = groups[group] = []
+        while len(cases) < n:
+            scene = scenes.sample_scene(rng, style=UNSEEN_STYLE if group == "unseen style" else "plain")
+            kind = group if group in EDITS else str(rng.choice(list(NEVER) if group == "never asked for" else MAIN))
+            value = NEVER[kind] if group == "never asked for" else propose(scene, kind, rng)
+            if value is not None and value != getattr(scene, kind):
+                cases.append((scene, kind, value, edit_prompts(scene, kind, value, rng, scenes.UNSEEN)["instr"]))
+    return groups
+
+
+def interval(values, times=2000):
+    """95 % bootstrap interval of the mean over scenes."""
+    values = np.asarray(values, np.float64)
+    draws = values[np.random.default_rng(0).integers(len(values), size=(times, len(values)))].mean(1)
+    return [round(float(q), 4) for q in np.percentile(draws, (2.5, 97.5))]
+
+
+FIGURES = ("success", "preservation_db", "psnr_truth_db")
+
+
+def summary(results):
+    """-> means over scenes, and under `interval` their 95 % intervals"""
+    return {k: round(float(np.mean([r[k] for r in results])), 4) for k in FIGURES} | {
+        "interval": {k: interval([r[k] for r in results]) for k in FIGURES}, "n": len(results),
+        "wrong": dict(collections.Counter(k for r in results for k in r["wrong"]))}
+
+
+def judge_all(world, kinds, values, output):
+    """One edit each. -> results per scene"""
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        results = list(pool.map(measure, world, [kind] * len(world), [value] * len(world), output, chunksize=4))
-    figures = {k: round(float(np.mean([r[k] for r in results])), 4) for k in ("success", "preservation_db", "psnr_truth_db")}
-    return figures, dict(collections.Counter(k for r in results for k in r["wrong"])), results
+        return list(pool.map(measure, world, kinds, values, output, chunksize=4))
 
 
 @torch.no_grad()
-def edit_all(model, vae, adapter, images, prompt, shift, steps, seed):
+def edit_all(model, vae, adapter, images, prompts, shift, steps, seed):
+    """images (n, h, w, 3) and prompts: (context, pooled) of n, or of 1 for all -> edited images"""
     out, noise = [], torch.Generator().manual_seed(seed)
     for i in range(0, len(images), 25):
         x = vae.encode(to_pixels(np.stack(images[i:i + 25])))
         eps = torch.randn(x.shape, generator=noise)
-        p = tuple(a.expand(len(x), *a.shape[1:]) for a in prompt)
+        p = tuple(a[i:i + 25] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
         out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift)))))
     return np.concatenate(out)
+
+
+def page(groups, title):
+    """The figures as Markdown."""
+    lines = [title, "", "| edits | success | preservation | truth | n | read wrongly |", "|---|---|---|---|---|---|"]
+    for name, g in groups.items():
+        low, high = (100 * v for v in g["interval"]["success"])
+        db = [f"{g[k]:.1f} dB ({g['interval'][k][0]:.1f} to {g['interval'][k][1]:.1f})" for k in FIGURES[1:]]
+        wrong = ", ".join(f"{k} {v}" for k, v in sorted(g["wrong"].items(), key=lambda w: -w[1])) or "nothing"
+        lines.append(f"| {name} | {100 * g['success']:.1f} % ({low:.1f} to {high:.1f}) | {db[0]} | {db[1]} | {g['n']} | {wrong} |")
+    return "\n".join(lines) + "\n"
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--run", default="out")
-    p.add_argument("--instr", help="default: the run's own")
-    p.add_argument("--n", type=int, default=200, help="scenes")
+    p.add_argument("--instr", help="default: the run's own; without one of either, the general editor's whole examination")
+    p.add_argument("--n", type=int, default=200, help="scenes (of each kind of edit)")
     p.add_argument("--seed", type=int, default=1000, help="of the scenes and of the noise")
     p.add_argument("--steps", type=int, default=20, help="Euler steps of the edit")
+    p.add_argument("--out", help="folder for evaluate.json, .md and .png (default: the run)")
     o = p.parse_args()
     run = pathlib.Path(o.run)
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter; train one with train.py first", 2)
-    config = read_json(run / "config.json")
-    instr = o.instr or config["instruction"]
-    kind, value = asked(instr)
+    config, out = read_json(run / "config.json"), pathlib.Path(o.out or o.run)
+    out.mkdir(parents=True, exist_ok=True)
+    if instr := o.instr or config.get("instr"):
+        kind, value = asked(instr)
+        groups = {kind: [(s, kind, value, instr) for s in held_out(kind, value, o.n, o.seed)]}
+    else:
+        groups = everything(o.n, o.seed)
     model, vae, text, shift = load_base(config["base"])
     adapter = load_adapter(run / "adapter.safetensors", model)[0]
-    world = held_out(kind, value, o.n, o.seed)
+    world, kinds, values, asks = (list(a) for a in zip(*(c for cases in groups.values() for c in cases)))
     images = [scenes.render(s) for s in world]
     with torch.no_grad():
-        output = edit_all(model, vae, adapter, images, text([instr]), shift, o.steps, o.seed)
-    figures, wrong, results = judge_all(world, kind, value, output)
-    failed = [i for i in np.argsort([r["psnr_truth_db"] for r in results]) if not results[i]["success"]]
-    shown = [*range(min(8, o.n)), *failed[:8]]
-    truth = [scenes.render(dataclasses.replace(world[i], **{kind: value})) for i in shown]
-    scenes.sheet([[images[i] for i in shown], [output[i] for i in shown], truth]).save(run / "evaluate.png")
-    print(f"{o.n} held-out scenes, \"{instr}\": read wrongly: {wrong or 'nothing'}; picture: {run / 'evaluate.png'} "
-          "(source, edit, truth; eight first scenes, then the worst failures)")
-    print(json.dumps(figures | {"n": o.n, "seed": o.seed, "kinds": {kind: figures}}))
+        output = edit_all(model, vae, adapter, images, text(asks), shift, o.steps, o.seed)
+    results = judge_all(world, kinds, values, output)
+    figures = {name: summary(results[i * o.n:(i + 1) * o.n]) for i, name in enumerate(groups)}
+    overall = summary([r for name, i in zip(groups, range(len(groups))) if name in MAIN or len(groups) == 1 for r in results[i * o.n:(i + 1) * o.n]])
+    shown = []                                              # of each kind the first scenes, then the worst failures
+    for i in range(len(groups)):
+        mine, few = range(i * o.n, (i + 1) * o.n), 8 if len(groups) == 1 else 4
+        worst = sorted((j for j in mine if not results[j]["success"]), key=lambda j: results[j]["psnr_truth_db"])
+        shown += [*mine[:few], *worst[:few]]
+    truth = [scenes.render(change(world[j], kinds[j], values[j])) for j in shown]
+    rows = [[a[j] for j in shown] for a in (images, output)] + [truth]
+    scenes.sheet([row[k:k + 16] for k in range(0, len(shown), 16) for row in rows]).save(out / "evaluate.png")
+    command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + f' --instr "{o.instr}"' * bool(o.instr)
+    table = page(figures | ({"season, time, weather, house": overall} if len(groups) > 1 else {}), f"`{command}`")
+    (out / "evaluate.md").write_text(table)
+    print(f"{table}picture: {out / 'evaluate.png'} (source, edit, truth; first scenes, then the worst failures)")
+    line = overall | {"seed": o.seed, "kinds": figures}
+    (out / "evaluate.json").write_text(json.dumps(line, indent=1) + "\n")
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

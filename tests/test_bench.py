@@ -1,4 +1,6 @@
 """The measuring tools measure what they say."""
+import json
+import subprocess
 import sys
 
 import pytest
@@ -6,7 +8,11 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
+import edits  # noqa: E402
+import evaluate  # noqa: E402
 from memory import SD3, Meter, step_memory  # noqa: E402
+
+import scenes  # noqa: E402
 
 
 def test_the_memory_meter_counts_what_is_alive_and_what_autograd_keeps():
@@ -30,3 +36,31 @@ def test_checkpointing_saves_memory_and_weights_are_counted_exactly():
     with torch.device("meta"):
         model = MMDiT(SD3 | dict(num_layers=2, num_attention_heads=8))
     assert wide["weights"] == pytest.approx(sum(v.numel() for v in model.state_dict().values()) * 2 / 2 ** 30, abs=.01)
+
+
+def test_an_exact_edit_is_a_success_and_an_untouched_picture_is_none():
+    groups = evaluate.everything(1, 7)
+    assert set(groups) == {*edits.EDITS, "never asked for", "unseen style"}
+    for cases in groups.values():
+        for scene, kind, value, _ in cases:
+            exact = evaluate.measure(scene, kind, value, scenes.render(edits.change(scene, kind, value)))
+            assert exact["success"] and exact["psnr_truth_db"] > 60 and exact["preservation_db"] > 40, (kind, value, exact)
+            assert not evaluate.measure(scene, kind, value, scenes.render(scene))["success"], (kind, value)
+    low, high = evaluate.interval([0, 1] * 50)
+    assert .38 < low < .45 and .55 < high < .62                                 # +- 1.96 * .5 / 10
+
+
+def test_the_general_editor_never_meets_what_is_kept_back(tmp_path):
+    """Neither as instruction nor as undo; and the wordings of the examination are none of the training's."""
+    subprocess.run([sys.executable, "tiny/edits.py", tmp_path, "--n", "400"], cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "tuples.jsonl").read_text().splitlines()]
+    asked = {row[k] for row in rows for k in ("instr", "undo")}
+    assert len(rows) == 400 and len(asked) > 60
+    assert not {"autumn", "fall", "purple"} & {word for text in asked for word in text.split()}
+    assert not any(row["src"].startswith("a blueprint") for row in rows)
+    assert any("purple" in row["src"] for row in rows) and any("autumn" in row["src"] for row in rows)       # the base's own words
+    examined = {instr for group, cases in evaluate.everything(40, 7).items() for *_, instr in cases}
+    assert not asked & examined
+    for row in rows:
+        a, b = row["src"].split(), row["tgt"].split()
+        assert row["src"] != row["tgt"] and len(set(a) ^ set(b)) <= 12, row

@@ -1,4 +1,5 @@
 """The two commands as a user runs them, on the embedded base: the main job in small, and every kind of bad input."""
+import fcntl
 import json
 import pathlib
 import re
@@ -21,7 +22,7 @@ def call(*args):
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     done = call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", out,
-                "--steps", 4, "--identity-first", 2, "--batch", 2, "--n", 2)
+                "--steps", 4, "--identity-first", 2, "--batch", 4, "--n", 2, "--views", 2)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -40,14 +41,21 @@ def test_training_leaves_everything(out):
 
 def test_resume_goes_on_exactly(out, tmp_path):
     common = ["train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", tmp_path / "b",
-              "--identity-first", 2, "--batch", 2, "--n", 2, "--steps", 4]
+              "--identity-first", 2, "--batch", 4, "--n", 2, "--views", 2, "--steps", 4]
     code = "import sys, signal, os, losses; n = [0]\nimport train; f = train.identity_loss\n" \
            "def stop(*a):\n    n[0] += 1\n    if n[0] == 3: os.kill(os.getpid(), signal.SIGINT)\n    return f(*a)\n" \
            "train.identity_loss = stop; sys.argv = sys.argv[1:]; train.main()"
     halted = subprocess.run([sys.executable, "-c", code, *map(str, common)], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert halted.returncode == 130, halted.stderr
     assert call(*common).returncode == 2                                        # nothing is overwritten without --resume
+    with open(tmp_path / "b/log.jsonl", "a") as log:                            # a kill between save and save leaves later lines, the last one torn
+        log.write('{"step": 4, "lr": 0.1}\n{"step": 5, "l')
+    with open(tmp_path / "b/.lock", "w") as lock:                               # as a second process would hold it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = call(*common, "--resume")
+        assert refused.returncode == 2 and "another process is training" in refused.stderr
     assert call(*common, "--resume").returncode == 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     a, b = load_file(out / "checkpoint.safetensors"), load_file(tmp_path / "b" / "checkpoint.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
@@ -78,13 +86,15 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", tmp_path / "absent", *winter], 2, "is not a folder"),
             (["train.py", "--data", "tiny/examples", "--out", tmp_path / "o", "--base", "tiny"], 2, "no instruction"),
             (["train.py", "--data", "tiny/examples", *winter[:-1], "nonsense"], 2, "unknown base"),
+            (["train.py", "--data", "tiny/examples", *winter[:2], "--base", "tiny", "--out", "/proc/out"], 1, "cannot be written to"),
+            (["train.py", "--data", "tiny/examples", *winter, "--batch", 7], 2, "cannot be shared evenly"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),
             (["sample.py", "--run", out, "--input", mixed / "bad.png"], 1, "cannot be read as an image")):
         done = call(*args)
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
         assert done.stderr.strip().splitlines()[-1].startswith(args[0])
-    done = call("train.py", "--data", mixed, *winter, "--steps", 1, "--batch", 1, "--size", "48x80")
+    done = call("train.py", "--data", mixed, *winter, "--steps", 1, "--batch", 1, "--states", 1, "--size", "48x80")
     assert done.returncode == 0 and "skipped" in done.stderr
     assert json.loads((tmp_path / "o/config.json").read_text())["size"] == [48, 80]
     done = call("train.py", "--data", mixed, *winter, "--size", "wide")

@@ -91,6 +91,13 @@ def test_full_size_text_encoders_and_vae_keys_and_shapes():
         assert shapes(VAE(config)) == shapes(AutoencoderKL(**config))
 
 
+def test_absent_keys_of_a_config_take_the_libraries_defaults():
+    shapes = lambda m: {k.removeprefix("text_model."): v.shape for k, v in m.state_dict().items() if "position_ids" not in k}   # noqa: E731
+    with torch.device("meta"):
+        for ours, theirs in ((MMDiT, SD3Transformer2DModel()), (VAE, AutoencoderKL()), (CLIPText, CLIPTextModelWithProjection(CLIPTextConfig()))):
+            assert shapes(ours({})) == shapes(theirs), ours.__name__
+
+
 def strings(n=2000):
     rng = random.Random(0)
     alphabets = [

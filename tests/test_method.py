@@ -3,13 +3,14 @@ import argparse
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, identity_loss, teacher
-from model import MMDiT, new_adapter, sincos
+from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 
 B, C, S = 3, 4, 8
-OPTIONS = argparse.Namespace(routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1., reverse=1.)
+OPTIONS = argparse.Namespace(states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1., reverse=1.)
 
 
 @pytest.fixture
@@ -65,8 +66,9 @@ def test_routed_value_is_the_rollouts_end_and_its_gradient_the_one_step_paths():
 
 
 @pytest.mark.parametrize("routing", ROUTES)
-def test_every_routing_gives_a_finite_gradient(world, routing):
-    run(world, routing=routing)[0].backward()
+@pytest.mark.parametrize("cue, bootstrap", [("delta", True), ("delta", False), ("anchor", True)])
+def test_every_routing_gives_a_finite_gradient(world, routing, cue, bootstrap):
+    run(world, routing=routing, cue=cue, bootstrap=bootstrap)[0].backward()
     assert all(torch.isfinite(v.grad).all() for v in world[1].values())
 
 
@@ -97,13 +99,26 @@ def test_at_step_0_the_editor_is_the_base_bit_for_bit(world):
         assert torch.equal(model(eps, ts[k], prompts["instr"], x, fresh), model(eps, ts[k], prompts["instr"]))
 
 
-def test_the_adapter_in_the_weights_is_the_low_rank_detour(world):
-    """In float32 the model computes W + B A, in half precision W x + B (A x): compared in double, which takes the detour, too."""
+def test_the_merged_adapter_is_the_low_rank_detour_and_carries_its_gradient(world):
+    """W + B A against W x + B (A x), values and gradients of every tensor."""
     model, adapter, x, eps, prompts, k, ts = world
-    fused = model(eps, ts[k], prompts["instr"], x, adapter)
-    model.double()
-    detour = model(eps.double(), ts[k].double(), tuple(a.double() for a in prompts["instr"]), x.double(), {n: v.double() for n, v in adapter.items()})
-    torch.testing.assert_close(fused.double(), detour, rtol=1e-4, atol=1e-5)
+    grads, values = [], []
+    for form in (adapter, merged(model, adapter)):
+        values.append(model(eps, ts[k], prompts["instr"], x, form))
+        grads.append(torch.autograd.grad((values[-1] * eps).sum(), list(adapter.values()), retain_graph=True))
+    torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+    for detour, weight in zip(*grads):
+        torch.testing.assert_close(detour, weight, rtol=1e-3, atol=1e-4)
+
+
+def test_several_states_of_one_rollout_are_the_states_of_single_rollouts(world):
+    model, adapter, x, eps, prompts, k, ts = world
+    velocity = lambda n: lambda y, t: model(y, t, tuple(p[:n] for p in prompts["instr"]), x[:n], adapter)       # noqa: E731
+    with torch.no_grad():
+        y_t, y_0 = rollout(velocity(2), eps[:2], ts, torch.tensor([0, 2, 4, 3]))
+        once, end = rollout(velocity(2), eps[:2], ts, torch.tensor([0, 2]))
+        again, _ = rollout(velocity(2), eps[:2], ts, torch.tensor([4, 3]))
+    assert torch.equal(y_t, torch.cat([once, again])) and torch.equal(y_0, torch.cat([end, end]))
 
 
 def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
@@ -177,3 +192,27 @@ def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():
 
 def test_guidance_fades_with_noise():
     assert fade(3., torch.tensor([.1, .72, .82, .92, 1.])).flatten().tolist() == pytest.approx([3, 3, 2, 1, 1], abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@torch._dynamo.config.patch(recompile_limit=64)
+def test_one_code_for_all_blocks_and_nothing_is_compiled_after_the_first_step(checkpointing):
+    """The compiler's own counters: adapter off, averaged, trained, checkpointed, several batch sizes; any number of blocks."""
+    compiled = []
+    for layers in (4, 5):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        counter, model = CompileCounter(), MMDiT(dict(
+            num_layers=layers, num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, qk_norm="rms_norm",
+            dual_attention_layers=[0, 1], joint_attention_dim=24, pooled_projection_dim=12, pos_embed_max_size=8)).requires_grad_(False)
+        model.checkpointing = checkpointing
+        for block in model.transformer_blocks:
+            block.compile(backend=counter)
+        adapter, (x, eps) = new_adapter(model, 4), torch.randn(2, B, C, S, S)
+        prompts = {k: (torch.randn(B, 5, 20), torch.randn(B, 12)) for k in ("src", "tgt", "instr", "undo", "null")}
+        for _ in range(2):
+            identity_loss(model, adapter, x, x, torch.ones(B), eps - x, prompts["undo"]).backward()
+            run((model, adapter, x, eps, prompts, torch.tensor([0, 2, 4]), time_grid(5)), reverse=0.)[0].backward()
+            compiled.append(counter.frame_count)
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(set(compiled)) == 1 and 0 < compiled[0] < 20, compiled

@@ -279,27 +279,37 @@ def caption(scene, rng, drop=.2):
     return (pick(STYLE_WORDS["plain"]) if rng.random() < .2 else "") + text
 
 
-def instruction(kind, value, rng):
-    """A wish for `kind` (an attribute) to become `value`, in varied words."""
+ANY, SEEN, UNSEEN = slice(None), slice(-1), slice(-1, None)         # of the wordings of an instruction: the last is kept for tests
+
+
+def instruction(kind, value, rng, wordings=ANY):
+    """A wish for `kind` (an attribute, or trees: a Scene's number and kind of them) to become `value`, in varied words."""
     pick = lambda options: str(options[rng.integers(len(options))])                 # noqa: E731
+    say = lambda *options: pick(options[wordings])                                  # noqa: E731
     if kind == "house":
-        return pick((f"paint the house {value}", f"make the house {value}", f"make it a {value} house",
-                     f"turn the house {value}", f"change the house to {value}"))
+        return say(f"paint the house {value}", f"make the house {value}", f"make it a {value} house",
+                   f"turn the house {value}", f"change the house to {value}")
     if kind == "season":
         word = pick(SEASON_WORDS[value])
-        return pick((f"make it {word}", f"turn it into {word}", f"change it to {word}", f"make it a {word} scene",
-                     f"change the season to {word}", f"make it look like {word}"))
+        return say(f"make it {word}", f"turn it into {word}", f"change it to {word}", f"make it a {word} scene",
+                   f"change the season to {word}", f"make it look like {word}")
     if kind == "time":
         word = {"day": ("day", "daytime", "noon"), "sunset": ("sunset", "dusk"), "night": ("night",)}[value]
-        return pick(("make it ", "turn it into ", "change it to ", "change the time to ")) + pick(word)
+        return say("make it ", "turn it into ", "change it to ", "change the time to ") + pick(word)
     if kind == "weather":
         word = {"clear": ("clear", "clear weather"), "fog": ("foggy", "foggy weather"),
                 "rain": ("rainy", "rainy weather"), "snowfall": ("snowy", "snowy weather")}[value]
-        return pick(("make it ", "change the weather to ")) + pick(word) if rng.random() < .7 else \
+        return say("make it ", "change the weather to ") + pick(word) if rng.random() < .7 or wordings == UNSEEN else \
             {"clear": "clear the sky", "fog": "add fog", "rain": "make it rain", "snowfall": "add snowfall"}[value]
+    if kind == "trees":
+        number, word = value
+        if number == 0:
+            return say("remove the trees", "remove all trees", "make it a house without trees")
+        trees = NUMBER[number] + " " + TREE[word][0] + "s" * (number > 1)
+        return say(f"add {trees}", f"put {trees} by the house", f"make it a house with {trees}")
     word = {"plain": ("a painting", "a picture"), "sketch": ("a pencil sketch", "a pencil drawing"),
             "pixel": ("pixel art",), "blueprint": ("a blueprint",)}[value]
-    return pick(("make it ", "turn it into ", "change it to ")) + pick(word)
+    return say("make it ", "turn it into ", "change it to ") + pick(word)
 
 
 def wish(scene, rng):

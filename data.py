@@ -153,7 +153,7 @@ def load_image(path, size=None, zoom=1., at=(.5, .5), mirrored=False):
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})")
     if size is not None:
         h, w = (s * zoom * min(img.height / size[0], img.width / size[1]) for s in size)
-        top, left = (img.height - h) * at[1], (img.width - w) * at[0]
+        top, left = max(0, (img.height - h) * at[1]), max(0, (img.width - w) * at[0])       # h may exceed by a rounding
         img = img.resize(size[::-1], Image.Resampling.LANCZOS, box=(left, top, min(left + w, img.width), min(top + h, img.height)))
     return np.asarray(ImageOps.mirror(img) if mirrored else img)
 

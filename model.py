@@ -238,8 +238,10 @@ def read_tensors(path):
 
 def merged(model, adapter):
     """The adapter with W + B A in place of each B, A, differentiable: in float32 cheaper than the detour through the low rank, if
-    it is used for many tokens or passes. In half precision W + B A would lose a small B A, so there the adapter stays as it is."""
-    if model.proj_out.weight.dtype != torch.float32 or torch.is_autocast_enabled(model.proj_out.weight.device.type):
+    it is used for many tokens or passes. The adapter stays as it is in half precision, where W + B A would lose a small B A, and on
+    large bases, whose weights one does not want twice."""
+    weight = model.proj_out.weight
+    if model.width > 512 or weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type):
         return adapter
     out = {"source_proj.weight": adapter["source_proj.weight"]}
     for name, module in model.named_modules():

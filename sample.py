@@ -84,11 +84,12 @@ def main():
     o = options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    noise = torch.Generator().manual_seed(o.seed)
+    noise, autocast = torch.Generator().manual_seed(o.seed), torch.autocast(device.type, dtype, enabled=device.type == "cuda")
     if o.prompt is not None:
         model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
         eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=noise).to(device)
-        x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
+        with autocast:
+            x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         save_image(to_images(vae.decode(x))[0], o.output or "drawn.png")
         return print(f"drawn: {o.output or 'drawn.png'}")
     run = pathlib.Path(o.run)
@@ -107,7 +108,8 @@ def main():
     def run_edit(images, instructions):
         x = vae.encode(to_pixels(np.stack(images)).to(device))
         eps = torch.randn(x.shape, generator=noise).to(device)
-        return edit(model, adapter, x, text(instructions), eps, time_grid(o.steps, shift))
+        with autocast:
+            return edit(model, adapter, x, text(instructions), eps, time_grid(o.steps, shift))
 
     if not o.input:
         held, target = config["held"], o.output or "edited.png"

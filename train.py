@@ -9,7 +9,6 @@ Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl
 checkpoint.safetensors for --resume.
 """
 import argparse
-import atexit
 import contextlib
 import json
 import math
@@ -19,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import torch
@@ -147,40 +147,38 @@ def claim(out):
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
+        if fcntl:                                           # not on Windows
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise UserError(f"another process is training in {out}; wait for it, or choose another --out", 2)
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error}); choose another --out")
-    if fcntl:                                               # not on Windows
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is training in {out}; wait for it, or choose another --out", 2)
-    return lock
 
 
 def cut_log(file, step):
     """A resumed run writes its steps again: keeps the log's whole lines up to `step`."""
-    kept = []
-    for line in file.read_text("utf-8", "replace").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write(file, "".join(kept))
+    lines = file.read_text("utf-8", "replace").splitlines(keepends=True) if file.exists() else []
+    write(file, "".join(line for line in lines[:step] if line.endswith("}\n")))
 
 
 def start_second():
     """On a processor two processes, each with half of the threads and of the batch, are faster than one with all: small operations
-    do not parallelise. Starts rank 1 with our own command line and becomes rank 0; when one dies, the other's `share` fails."""
+    do not parallelise. Starts rank 1 with our own command line and becomes rank 0; when one dies, the other ends, too."""
     global RANKS
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]              # a free one; closed again at once
     torch.set_num_threads(threads := torch.get_num_threads() // 2)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0", "OMP_NUM_THREADS": str(threads)}
-    place = getattr(os, "sched_setaffinity", lambda pid, cores: None)           # Linux: each on cores of its own, a sixth faster
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    place(0, cores[1::2] or cores)
-    atexit.register(subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": "1"}).terminate)
-    place(0, cores[::2])
+    second = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": "1", "BYG_SECOND": "1"}, stdin=subprocess.PIPE)
+    if hasattr(os, "sched_setaffinity"):                                        # Linux: each on cores of its own, a sixth faster
+        for pid, cores in ((0, sorted(os.sched_getaffinity(0))[::2]), (second.pid, sorted(os.sched_getaffinity(0))[1::2])):
+            os.sched_setaffinity(pid, cores)
+
+    def watch():
+        if second.wait() and (time.sleep(10) or not dist.is_initialized()):     # where both fail, we say why; later `share` notices
+            print("train.py: the second process ended before training began; set OMP_NUM_THREADS=1 to do without it", file=sys.stderr)
+            os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
     RANKS = 2
 
 
@@ -213,7 +211,11 @@ besides its LoRA; other tools may load the LoRA, but cannot edit with it.
 
 
 def main():
-    quiet = contextlib.redirect_stderr(open(os.devnull, "w")) if RANK else contextlib.nullcontext()      # rank 0 speaks for all
+    quiet = contextlib.nullcontext()
+    if int(os.environ.get("LOCAL_RANK", RANK)):                                 # one rank of a machine speaks for all
+        quiet = contextlib.redirect_stderr(open(os.devnull, "w"))
+    if "BYG_SECOND" in os.environ:                                              # the pipe closes when rank 0 ends, however it ends
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     with quiet:
         o = options()
@@ -252,8 +254,7 @@ def main():
     train_on = order[len(held):] if len(rows) > len(held) else order
 
     adapter = new_adapter(model, o.rank)
-    average = {k: v.detach().clone() for k, v in adapter.items()}
-    params = list(adapter.values())
+    average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
     lora = [p for k, p in adapter.items() if k != "source_proj.weight"]
     opt = torch.optim.AdamW([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
@@ -273,10 +274,9 @@ def main():
         torch._dynamo.config.recompile_limit = 64                               # a block's kinds times adapter none, without and with gradient
         for block in model.transformer_blocks:
             block.compile()
-    run = vars(o) | {"size": size, "instruction": rows[0]["instr"],
-                     "held": [{"path": str(rows[i]["path"]), "instr": rows[i]["instr"], "undo": rows[i]["undo"]} for i in held]}
     if RANK == 0:
-        write(out / "config.json", run)
+        shown = [{"path": str(rows[i]["path"]), "instr": rows[i]["instr"], "undo": rows[i]["undo"]} for i in held]
+        write(out / "config.json", vars(o) | {"size": size, "instruction": rows[0]["instr"], "held": shown})
         write(out / "README.md", card(o, rows))
     ts = time_grid(o.n, shift)
 
@@ -311,8 +311,12 @@ def main():
         if step > o.identity_first and not .02 < change < 1.5:
             trouble = "is nearly the source" if change < 1 else "has lost the source"
             advice = "raise --prior" if change < 1 else "raise --cycle or --identity"
-            tqdm.write(f"warning: step {step}: the edit {trouble} (relative change {change:.3f}); {advice}", file=sys.stderr)
+            say(f"warning: step {step}: the edit {trouble} (relative change {change:.3f}); {advice}")
         return change
+
+    def say(text):
+        if RANK == 0:
+            tqdm.write(text, file=sys.stderr)
 
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -323,14 +327,13 @@ def main():
         cut_log(out / "log.jsonl", first)
     bar = tqdm(range(first + 1, o.steps + 1), initial=first, total=o.steps, file=sys.stderr, unit="step", disable=RANK > 0)
     log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w"), time.time(), 0, first
-    mine = slice(RANK, None, RANKS)                         # every rank draws the whole batch and takes its share
+    mine, own = slice(RANK, None, RANKS), o.batch // o.states       # every rank draws the whole batch, of `own` trajectories, and takes its share
     for step in bar:
         rate = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
         for group in opt.param_groups:
             group["lr"] = rate * group["scale"]
         figures = {}
         for _ in range(o.accumulate):
-            own = o.batch // o.states                                           # trajectories; `states` of each are trained on
             b = train_on[torch.randint(len(train_on), (own,), generator=rng)].repeat(o.states)
             k = torch.randint(0, o.n, (o.batch,), generator=rng)                # nodes of the grid: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
@@ -356,14 +359,12 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(params, o.clip).item()
         if math.isfinite(norm):
             scaler.step(opt)
-            decay = min(o.ema, step / (step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), params, 1 - decay)
+                torch._foreach_lerp_(list(average.values()), params, 1 - min(o.ema, step / (step + 10)))
             bad = 0
         else:
             bad += 1
-            if RANK == 0:
-                tqdm.write(f"warning: step {step} skipped: the gradient is not finite", file=sys.stderr)
+            say(f"warning: step {step} skipped: the gradient is not finite")
         scaler.update()
         opt.zero_grad()
         if bad >= 5:
@@ -381,8 +382,7 @@ def main():
         log.flush()
         if halt:
             save(step)
-            if RANK == 0:
-                tqdm.write(f"stopped at step {step}; everything is saved, go on with --resume", file=sys.stderr)
+            say(f"stopped at step {step}; everything is saved, go on with --resume")
             sys.exit(128 + (stop or [signal.SIGINT])[0])
     if RANK == 0:
         print(f"done: {out}/adapter.safetensors; pictures in {out}/samples; edit with: python sample.py --run {out}")

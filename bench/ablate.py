@@ -9,6 +9,7 @@ are measured; only the directions can be compared. Writes bench/results/ablate.j
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,10 @@ def call(*args):
     return done.stdout
 
 
+def folder(o, name, seed):
+    return o.work / f"ablate-{o.steps}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}"
+
+
 def table(done, seeds, command):
     lines = [f"`{command}`", "", "Mean over training seeds (lowest to highest).", "",
              "| run | success | preservation | truth | seconds | the paper's success / preservation |", "|---|---|---|---|---|---|"]
@@ -65,8 +70,8 @@ def main():
     old = json.loads(file.read_text()) if file.exists() else {}
     done = old["runs"] if old.get("command") == command else {}
     for seed in range(o.seeds):
-        for i, (name, (flags, _)) in enumerate(VARIANTS.items()):
-            key, run = f"{name} {seed}", o.work / f"ablate-{i}-{seed}"
+        for name, (flags, _) in VARIANTS.items():
+            key, run = f"{name} {seed}", folder(o, name, seed)
             if key in done or (o.only and not any(word in name for word in o.only)):
                 continue
             resume = ["--resume"] if (run / "checkpoint.safetensors").exists() else []
@@ -74,11 +79,12 @@ def main():
                  "--seed", seed, "--out", run, *flags, *resume)
             figures = json.loads(call("bench/evaluate.py", "--run", run, "--n", o.n, "--seed", o.scenes).strip().splitlines()[-1])
             log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            done[key] = {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {"seconds": log[-1]["seconds"]}
+            done[key] = {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {
+                "seconds": round(log[0]["seconds"] + sum(max(0, b["seconds"] - a["seconds"]) for a, b in zip(log, log[1:])))}
             file.write_text(json.dumps({"command": command, "runs": done}, indent=1) + "\n")
             (RESULTS / "ablate.md").write_text(table(done, o.seeds, command))
             print(f"{key}: {done[key]}", flush=True)
-    strips = [Image.open(f) for i in range(len(VARIANTS)) if (f := o.work / f"ablate-{i}-0" / "samples" / "latest.png").exists()]
+    strips = [Image.open(f) for name in VARIANTS if (f := folder(o, name, 0) / "samples" / "latest.png").exists()]
     if strips:                                          # source, edit, edit undone of the held-back images, a block for each row of the table
         page = Image.new("RGB", (sum(s.width + 8 for s in strips), strips[0].height), "white")
         for i, s in enumerate(strips):

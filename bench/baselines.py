@@ -3,7 +3,7 @@
     python bench/baselines.py --run out --n 200 --seed 555        # about half an hour on two cores; goes on where it was stopped
 
 copy        the source, unchanged
-SDEdit      (arXiv 2108.01073) noise the source to t = strength, denoise under the target caption with guidance
+SDEdit      (arXiv 2108.01073) noise the source to the time t = strength of the shifted grid, denoise under the target caption with guidance
 FlowEdit    (arXiv 2412.08629, Algorithm 1, one draw of noise a step) the ODE of v(z_tgt, tgt) - v(z_src, src), from t = start
 supervised  the same adapter, optimizer and number of steps as ByG's, on N pairs (source, truth) that the renderer draws
 ByG         the adapter of --run, trained without pairs
@@ -13,8 +13,10 @@ import argparse
 import json
 import math
 import pathlib
+import re
 import sys
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -22,12 +24,12 @@ from evaluate import UserError, asked, edit_all, held_out, judge_all, page, scen
 
 from data import derive                                     # isort: skip
 from edits import change
-
 from frozen.vae import to_images, to_pixels
 from model import load_adapter, load_base, new_adapter, read_json
 from routing import integrate, time_grid
 from train import RECIPES
 
+WORK = pathlib.Path(__file__).resolve().parent / "work" / "baselines"           # pictures of methods that are done
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 
@@ -66,10 +68,12 @@ def supervised(model, vae, prompt, pairs, o, shift, seed):
     torch.manual_seed(seed)
     adapter = new_adapter(model, o.rank)
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
-    opt, ts = torch.optim.AdamW(params, lr=o.lr, weight_decay=1e-2), time_grid(o.n, shift)
+    groups = [{"params": [v for k, v in adapter.items() if (k == "source_proj.weight") == own], "scale": o.source_rate if own else 1.}
+              for own in (False, True)]
+    opt, ts = torch.optim.AdamW(groups, weight_decay=1e-2), time_grid(o.n, shift)
     for step in range(1, o.steps + 1):
         for group in opt.param_groups:
-            group["lr"] = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
+            group["lr"] = group["scale"] * o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
         b, t = torch.randint(len(pairs[0]), (o.batch,)), ts[torch.randint(o.n, (o.batch,))]
         x, y = (a[b] for a in pairs)
         eps = torch.randn_like(y)
@@ -95,6 +99,8 @@ def main():
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter; train one with train.py first", 2)
     config = read_json(run / "config.json")
+    if not config["instr"]:
+        raise UserError(f"{run} is a general editor; this compares editors of one instruction", 2)
     (kind, value), instr = asked(config["instr"]), config["instr"]
     model, vae, text, shift = load_base(config["base"])
     world, rng = held_out(kind, value, o.n, o.seed), np.random.default_rng(o.seed)
@@ -130,23 +136,25 @@ def main():
         methods[f"supervised, {n} pairs"] = lambda n=n: trained_on(n)
     RESULTS.mkdir(exist_ok=True)
     file, done, rows = RESULTS / "baselines.json", {}, [images[:12]]
-    command = f"python bench/baselines.py --run {o.run} --n {o.n} --seed {o.seed}"
-    if file.exists() and (old := read_json(file)).get("command") == command:
+    WORK.mkdir(parents=True, exist_ok=True)
+    command = f"python bench/baselines.py --run {o.run} --n {o.n} --seed {o.seed} --steps {o.steps}"
+    made_from = {"command": command, "adapter": zlib.crc32((run / "adapter.safetensors").read_bytes())}
+    old = read_json(file) if file.exists() else {}
+    if old | made_from == old:
         done = old["methods"]
     for name, method in methods.items():
-        if name not in done:
+        pictures = WORK / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".npy")
+        if name not in done or not pictures.exists():
             begun = time.time()
             output = method()
             done[name] = summary(judge_all(world, [kind] * o.n, [value] * o.n, output)) | {"seconds": round(time.time() - begun)}
-            np.save(file.with_name(f".{len(rows)}.npy"), output[:12])
-            file.write_text(json.dumps({"command": command, "methods": done}, indent=1) + "\n")
+            np.save(pictures, output[:12])
+            file.write_text(json.dumps(made_from | {"methods": done}, indent=1) + "\n")
             print(f"{name}: success {100 * done[name]['success']:.1f} %, preservation {done[name]['preservation_db']:.1f} dB, "
                   f"truth {done[name]['psnr_truth_db']:.1f} dB", flush=True)
-        rows.append(np.load(file.with_name(f".{len(rows)}.npy")))
+        rows.append(np.load(pictures))
     rows.append(np.stack([scenes.render(change(s, kind, value)) for s in world[:12]]))
     scenes.sheet([list(r) for r in rows]).save(RESULTS / "baselines.png")
-    for kept in RESULTS.glob(".*.npy"):
-        kept.unlink()
     (RESULTS / "baselines.md").write_text(page(done, f"`{command}`\n\n\"{instr}\", {o.n} held-out scenes, 95 % intervals over scenes. "
                                                "Picture: the source, a row for each method in this order, the truth."))
     print(json.dumps({k: done[k]["success"] for k in done}))

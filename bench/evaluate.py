@@ -21,10 +21,9 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
-from edits import EDITS, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
-
 import data  # noqa: E402
 import scenes  # noqa: E402
+from edits import EDITS, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import UserError, load_adapter, load_base, read_json  # noqa: E402
 from routing import time_grid  # noqa: E402
@@ -66,7 +65,7 @@ def held_out(kind, value, n, seed):
     """n random scenes that are not yet as the edit wants them."""
     rng, world = np.random.default_rng((seed, 1)), []
     while len(world) < n:
-        scene = scenes.sample_scene(rng, style="plain")
+        scene = scenes.sample_scene(rng, **{} if value == "plain" else {"style": "plain"})
         if getattr(scene, kind) != value:
             world.append(scene)
     return world
@@ -159,7 +158,7 @@ def main():
         output = edit_all(model, vae, adapter, images, text(asks), shift, o.steps, o.seed)
     results = judge_all(world, kinds, values, output)
     figures = {name: summary(results[i * o.n:(i + 1) * o.n]) for i, name in enumerate(groups)}
-    overall = summary([r for name, i in zip(groups, range(len(groups))) if name in MAIN or len(groups) == 1 for r in results[i * o.n:(i + 1) * o.n]])
+    overall = summary([r for i, name in enumerate(groups) if name in MAIN or len(groups) == 1 for r in results[i * o.n:(i + 1) * o.n]])
     shown = []                                              # of each kind the first scenes, then the worst failures
     for i in range(len(groups)):
         mine, few = range(i * o.n, (i + 1) * o.n), 8 if len(groups) == 1 else 4

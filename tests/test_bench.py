@@ -8,10 +8,10 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
-import edits  # noqa: E402
 import evaluate  # noqa: E402
 from memory import SD3, Meter, step_memory  # noqa: E402
 
+import edits  # noqa: E402
 import scenes  # noqa: E402
 
 

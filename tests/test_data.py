@@ -58,6 +58,11 @@ def test_modes_and_exif(tmp_path):
         assert data.load_image(save(Image.fromarray(rgb).convert(mode), tmp_path / ("m" + mode + suffix)), (16, 16)).shape == (16, 16, 3)
 
 
+@pytest.mark.parametrize("picture, size", [((1200, 900), (56, 72)), ((2400, 1800), (448, 592)), ((900, 1200), (448, 448))])
+def test_sizes_that_do_not_divide_evenly_are_cropped(picture, size, tmp_path):
+    assert data.load_image(save(Image.new("RGB", picture), tmp_path / "a.png"), size).shape == (*size, 3)
+
+
 def test_views_are_the_picture_then_random_crops_and_mirrorings_of_it(tmp_path):
     """A picture whose every pixel holds its own place tells where a view was taken."""
     place = np.stack([np.tile(np.arange(100), (100, 1)), np.tile(np.arange(100)[:, None], (1, 100)), np.zeros((100, 100))], -1).astype(np.uint8)

@@ -143,6 +143,16 @@ def test_rollout_is_inference_and_keeps_the_exact_state():
     assert torch.equal(list(integrate(lambda y, t: eps - x, eps, ts))[-1], y_0)
 
 
+def test_a_batch_of_two_states_is_the_mean_of_two_batches_of_one(world):
+    model, adapter, x, eps, prompts, _, ts = world
+    twice = lambda a: a.repeat(2, *[1] * (a.ndim - 1))                          # noqa: E731
+    ks = torch.tensor([0, 2, 4]), torch.tensor([3, 1, 2])
+    doubled = {n: tuple(map(twice, p)) for n, p in prompts.items()}
+    both = run((model, adapter, twice(x), twice(eps), doubled, torch.cat(ks), ts), states=2, cue="cosine")[0]
+    each = [run((model, adapter, x, eps, prompts, k, ts), cue="cosine")[0] for k in ks]
+    torch.testing.assert_close(both, sum(each) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_cosine_cue_is_one_minus_cosine_of_the_directions():
     s, d = torch.randn(2, 5, 4, 8, 8)
     for factor, want in ((1., 0.), (3., 0.), (-1., 2.)):

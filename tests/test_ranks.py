@@ -19,8 +19,11 @@ def log(folder):
 
 
 def test_two_ranks_take_the_steps_of_one(tmp_path):
-    alone = subprocess.run([sys.executable, *RUN, "--steps", "20", "--out", tmp_path / "one"], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    shared = subprocess.run([*TWO, *RUN, "--steps", "20", "--out", tmp_path / "two"], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    command = [*RUN, "--steps", "20", "--out"]
+    alone = subprocess.run([sys.executable, *command, tmp_path / "one"], cwd=ROOT,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"},           # one thread: one process
+                           capture_output=True, text=True, timeout=280)
+    shared = subprocess.run([*TWO, *command, tmp_path / "two"], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert alone.returncode == shared.returncode == 0, shared.stderr
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     assert len(one) == len(two) == 20
@@ -30,17 +33,21 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     assert shared.stdout.count("done:") == 1 and shared.stderr.count("96 images in") == 1       # rank 0 speaks for both
 
 
-def test_when_a_rank_dies_the_run_ends_and_its_last_save_stands(tmp_path):
-    run = subprocess.Popen([*TWO, *RUN, "--steps", "100000", "--every", "4", "--out", tmp_path / "out"], cwd=ROOT, text=True,
-                           stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_when_one_of_the_two_processes_dies_the_other_ends_and_the_last_save_stands(victim, tmp_path):
+    """The pair that `train.py` makes by itself on a processor."""
+    run = subprocess.Popen([sys.executable, *RUN, "--steps", "100000", "--every", "4", "--out", tmp_path / "out"], cwd=ROOT,
+                           env=os.environ | {"OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         until = time.time() + 120
         while not (tmp_path / "out/checkpoint.safetensors").exists() and time.time() < until:
             time.sleep(.2)
-        ranks = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-        second = next(p for p in ranks if b"\0RANK=1\0" in open(f"/proc/{p}/environ", "rb").read())
-        os.kill(int(second), signal.SIGKILL)
-        assert run.wait(timeout=60) != 0
+        second, = map(int, subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split())
+        os.kill(second if victim == "1" else run.pid, signal.SIGKILL)
+        assert run.wait(timeout=60) == (1 if victim == "1" else -signal.SIGKILL)
+        while os.path.exists(f"/proc/{second}") and time.time() < until:
+            time.sleep(.2)
+        assert not os.path.exists(f"/proc/{second}")
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)
@@ -48,3 +55,4 @@ def test_when_a_rank_dies_the_run_ends_and_its_last_save_stands(tmp_path):
     again = subprocess.run([sys.executable, *RUN, "--steps", steps, "--out", tmp_path / "out", "--resume"], cwd=ROOT, capture_output=True, text=True,
                            timeout=120)
     assert again.returncode == 0, again.stderr
+    assert [row["step"] for row in log(tmp_path / "out")] == [*range(1, int(steps) + 1)]

@@ -31,7 +31,8 @@ def change(scene, kind, value, seed=0):
         return dataclasses.replace(scene, **{kind: value})
     number, word = value
     rng = np.random.default_rng((int(100 * scene.place[0]), seed))
-    while len((other := scenes.sample_scene(rng, place=scene.place)).trees) != number:
+    left, _, width, _ = scene.place                         # sample_scene kept them from another house
+    while len((other := scenes.sample_scene(rng)).trees) != number or any(left - 4 < x < left + width + 4 for x, _, _ in other.trees):
         pass
     return dataclasses.replace(scene, trees=other.trees, kind=word)
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from frozen.vae import to_images
-from model import load_base
+from model import load_base, new_adapter
 from routing import time_grid
-from sample import generate
+from sample import edit, generate
 
 CHECKPOINT = os.environ.get("BASE", str(pathlib.Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"))
 
@@ -26,3 +26,19 @@ def test_diffusers_draws_the_same_picture():
     theirs = pipe(prompt, latents=eps, sigmas=time_grid(n)[:-1].tolist(), guidance_scale=3., height=64, width=64, output_type="np").images[0]
     assert ours.std() > 5
     assert np.abs(ours.astype(float) - theirs * 255).max() <= 1.01
+
+
+@torch.no_grad()
+def test_a_half_precision_base_edits_and_draws_as_in_float32():
+    """What sample.py does on CUDA: bf16 weights under autocast, float32 latents, noise and adapter."""
+    ts, eps = time_grid(2), torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _, text, _ = load_base(CHECKPOINT, dtype=dtype)
+        torch.manual_seed(0)
+        adapter = {k: v + .02 * torch.randn_like(v) for k, v in new_adapter(model, 4).items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            results.append((edit(model, adapter, eps.flip(2), text(["make it winter"]), eps, ts),
+                            generate(model, text(["a red house"]), text([""]), eps, ts, 3.)))
+    for full, half in zip(*results):
+        assert half.dtype == torch.float32 and (half - full).square().mean() < .01 * full.square().mean()

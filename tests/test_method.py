@@ -204,25 +204,23 @@ def test_guidance_fades_with_noise():
     assert fade(3., torch.tensor([.1, .72, .82, .92, 1.])).flatten().tolist() == pytest.approx([3, 3, 2, 1, 1], abs=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @torch._dynamo.config.patch(recompile_limit=64)
-def test_one_code_for_all_blocks_and_nothing_is_compiled_after_the_first_step(checkpointing):
-    """The compiler's own counters: adapter off, averaged, trained, checkpointed, several batch sizes; any number of blocks."""
-    compiled = []
-    for layers in (4, 5):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        counter, model = CompileCounter(), MMDiT(dict(
-            num_layers=layers, num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, qk_norm="rms_norm",
-            dual_attention_layers=[0, 1], joint_attention_dim=24, pooled_projection_dim=12, pos_embed_max_size=8)).requires_grad_(False)
-        model.checkpointing = checkpointing
-        for block in model.transformer_blocks:
-            block.compile(backend=counter)
-        adapter, (x, eps) = new_adapter(model, 4), torch.randn(2, B, C, S, S)
-        prompts = {k: (torch.randn(B, 5, 20), torch.randn(B, 12)) for k in ("src", "tgt", "instr", "undo", "null")}
-        for _ in range(2):
-            identity_loss(model, adapter, x, x, torch.ones(B), eps - x, prompts["undo"]).backward()
-            run((model, adapter, x, eps, prompts, torch.tensor([0, 2, 4]), time_grid(5)), reverse=0.)[0].backward()
-            compiled.append(counter.frame_count)
-        assert not torch._dynamo.utils.counters["graph_break"]
-    assert len(set(compiled)) == 1 and 0 < compiled[0] < 20, compiled
+def test_one_code_for_all_blocks_and_nothing_is_compiled_after_the_first_step():
+    """The compiler's own counters: adapter off, averaged, trained, checkpointed, several batch sizes. Eight blocks of three kinds
+    (dual, plain, last) need at most four codes for each kind."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counter, model = CompileCounter(), MMDiT(dict(
+        num_layers=8, num_attention_heads=2, attention_head_dim=16, in_channels=C, out_channels=C, qk_norm="rms_norm",
+        dual_attention_layers=[0, 1, 2], joint_attention_dim=24, pooled_projection_dim=12, pos_embed_max_size=8)).requires_grad_(False)
+    model.checkpointing = True
+    for block in model.transformer_blocks:
+        block.compile(backend=counter)
+    adapter, (x, eps), compiled = new_adapter(model, 4), torch.randn(2, B, C, S, S), []
+    prompts = {k: (torch.randn(B, 5, 20), torch.randn(B, 12)) for k in ("src", "tgt", "instr", "undo", "null")}
+    for _ in range(3):
+        identity_loss(model, adapter, x, x, torch.ones(B), eps - x, prompts["undo"]).backward()
+        run((model, adapter, x, eps, prompts, torch.tensor([0, 2, 4]), time_grid(5)), reverse=0.)[0].backward()
+        compiled.append(counter.frame_count)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert len(set(compiled)) == 1 and 0 < compiled[0] <= 12, compiled

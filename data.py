@@ -132,9 +132,18 @@ def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None):
     return rows
 
 
-def load_image(path, size=None, zoom=1., at=(.5, .5), mirrored=False):
-    """One picture, upright, RGB on white. size (h, w): cropped to that aspect and resized with antialiasing; the crop is `zoom`
-    times the largest possible, `at` places it (0: left or top, 1: right or bottom).
+def crop(picture, size, zoom=1., at=(.5, .5), mirrored=False):
+    """picture (H, W, 3) uint8, cropped to the aspect of size (h, w) and resized with antialiasing; the crop is `zoom` times the
+    largest possible, `at` places it (0: left or top, 1: right or bottom). -> (h, w, 3) uint8"""
+    img = Image.fromarray(picture)
+    h, w = (s * zoom * min(img.height / size[0], img.width / size[1]) for s in size)
+    top, left = max(0, (img.height - h) * at[1]), max(0, (img.width - w) * at[0])           # h may exceed by a rounding
+    img = img.resize(size[::-1], Image.Resampling.LANCZOS, box=(left, top, min(left + w, img.width), min(top + h, img.height)))
+    return np.asarray(ImageOps.mirror(img) if mirrored else img)
+
+
+def load_image(path, size=None):
+    """One picture, upright, RGB on white; with size (h, w) the largest centred `crop`.
     -> (h, w, 3) uint8. Raises UserError where the file cannot be read as an image."""
     try:
         with warnings.catch_warnings():
@@ -151,11 +160,7 @@ def load_image(path, size=None, zoom=1., at=(.5, .5), mirrored=False):
             img = img.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})")
-    if size is not None:
-        h, w = (s * zoom * min(img.height / size[0], img.width / size[1]) for s in size)
-        top, left = max(0, (img.height - h) * at[1]), max(0, (img.width - w) * at[0])       # h may exceed by a rounding
-        img = img.resize(size[::-1], Image.Resampling.LANCZOS, box=(left, top, min(left + w, img.width), min(top + h, img.height)))
-    return np.asarray(ImageOps.mirror(img) if mirrored else img)
+    return np.asarray(img) if size is None else crop(np.asarray(img), size)
 
 
 def load_rows(rows, size, views=1, seed=0):
@@ -165,7 +170,8 @@ def load_rows(rows, size, views=1, seed=0):
     for row in rows:
         others = [dict(zoom=rng.uniform(.8, 1), at=rng.uniform(0, 1, 2), mirrored=rng.random() < .5) for _ in range(views - 1)]
         try:
-            images.append(np.stack([load_image(row["path"], size, **view) for view in [{}, *others]]))
+            picture = load_image(row["path"])
+            images.append(np.stack([crop(picture, size, **view) for view in [{}, *others]]))
             good.append(row)
         except UserError as error:
             print(f"warning: skipped {error}", file=sys.stderr)

@@ -39,14 +39,10 @@ class Linear(nn.Linear):
     """A linear layer that adds the low-rank path B A x where an adapter is given, or takes the weight W + B A that `merged` made."""
     name = ""                                       # within the block; set by MMDiT
 
-    def forward(self, x, adapter=None):
-        if adapter is None:
-            return F.linear(x, self.weight, self.bias)
-        if (weight := adapter.get(self.name + ".weight")) is not None:
-            return F.linear(x, weight, self.bias)
-        if (down := adapter.get(self.name + ".lora_A.weight")) is None:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
+    def forward(self, x, adapter):
+        y = F.linear(x, adapter.get(self.name + ".weight", self.weight), self.bias)
+        down = adapter.get(self.name + ".lora_A.weight")
+        return y if down is None else y + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
 
 
 def modulate(x, shift, scale):
@@ -88,7 +84,7 @@ class Attention(nn.Module):
         for name in ("norm_q", "norm_k") + ("norm_added_q", "norm_added_k") * joint:
             setattr(self, name, nn.RMSNorm(d // heads, eps=1e-6) if qk_norm else nn.Identity())
 
-    def forward(self, x, context=None, bias=None, adapter=None):
+    def forward(self, x, context, bias, adapter):
         split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # noqa: E731  (B, N, D) -> (B, H, N, D/H)
         q, k = self.norm_q(split(self.to_q(x, adapter))), self.norm_k(split(self.to_k(x, adapter)))
         v = split(self.to_v(x, adapter))
@@ -125,7 +121,7 @@ class Block(nn.Module):
         h, text = self.attn(modulate(x, shift, scale), modulate(context, c_shift, c_scale), bias, adapter)
         if self.dual:                                                           # reads the same x, before attention
             shift2, scale2, gate2 = second
-            h2, _ = self.attn2(modulate(x, shift2, scale2), adapter=adapter)
+            h2, _ = self.attn2(modulate(x, shift2, scale2), None, None, adapter)
             x = x + gate[:, None] * h + gate2[:, None] * h2
         else:
             x = x + gate[:, None] * h
@@ -263,16 +259,15 @@ def load_adapter(path, model):
     want = {key_in_file(k): (k, v) for k, v in new_adapter(model, max(ranks, default=1)).items()}
     for k in want.keys() | tensors.keys():
         if k not in want or k not in tensors or want[k][1].shape != tensors[k].shape:
-            raise UserError(f"{path}: does not fit this base at '{k}'; use the base it was trained on (--base)")
+            raise UserError(f"{path}: does not fit this base at '{k}'; it was trained on another (--base), or by an older nanoByG")
     return {name: tensors[k].to(v) for k, (name, v) in want.items()}, meta
 
 
 def per_block(adapter, n):
-    """The adapter of each of n blocks, by names within the block: "transformer_blocks.3.attn.to_q.lora_A.weight" -> [3]["attn.to_q..."]"""
-    if adapter is None:
-        return [None] * n
+    """The adapter of each of n blocks, empty where there is none, by names within the block:
+    "transformer_blocks.3.attn.to_q.lora_A.weight" -> [3]["attn.to_q.lora_A.weight"]"""
     parts = [{} for _ in range(n)]
-    for key, v in adapter.items():
+    for key, v in (adapter or {}).items():
         if key.startswith("transformer_blocks."):
             _, i, name = key.split(".", 2)
             parts[int(i)][name] = v

@@ -27,15 +27,19 @@ def edit(model, adapter, x, prompt, eps, ts):
     return y
 
 
-def generate(model, prompt, null, eps, ts, guidance):
-    """Text to image with the base alone. prompt, null: (context, pooled) -> (B, C, H, W)"""
+def guided(model, prompt, null, guidance):
+    """The base's velocity with classifier-free guidance. prompt, null: (context, pooled) -> velocity(y, t)"""
     both = tuple(torch.cat(pair) for pair in zip(null, prompt))
 
-    def velocity(x, t):
-        v0, v1 = model(x.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+    def velocity(y, t):
+        v0, v1 = model(y.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return v0 + guidance * (v1 - v0)
+    return velocity
 
-    *_, x = integrate(velocity, eps, ts)
+
+def generate(model, prompt, null, eps, ts, guidance):
+    """Text to image with the base alone. -> (B, C, H, W)"""
+    *_, x = integrate(guided(model, prompt, null, guidance), eps, ts)
     return x
 
 
@@ -131,7 +135,7 @@ def main():
             print(f"warning: skipped {error}", file=sys.stderr)
             continue
         h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** .5)
-        y = run_edit([data.load_image(path, (h, w))], [instr])
+        y = run_edit([data.crop(image, (h, w))], [instr])
         where = (target / path.relative_to(source)).with_suffix(".png") if many else target
         save_image(to_images(vae.decode(y))[0], where)
         done += 1

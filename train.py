@@ -27,11 +27,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
-
 import data
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
@@ -147,7 +142,8 @@ def claim(out):
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
-        if fcntl:                                           # not on Windows
+        with contextlib.suppress(ImportError):              # Windows has none
+            import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
@@ -192,6 +188,20 @@ def share(tensors):
             raise UserError(f"another rank of this run has ended ({str(error).splitlines()[0]}); go on from the last save with --resume")
         for t, mean in zip(tensors, (flat / RANKS).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
+
+
+def new_optimizer(adapter, o):
+    """AdamW; the source projection, which alone starts from nothing, learns at o.source_rate times the rate."""
+    lora = [p for k, p in adapter.items() if k != "source_proj.weight"]
+    return torch.optim.AdamW([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
+
+
+def set_rate(opt, step, o):
+    """Warm-up, then a cosine to a tenth of o.lr. -> the rate"""
+    rate = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
+    for group in opt.param_groups:
+        group["lr"] = rate * group["scale"]
+    return rate
 
 
 def card(o, rows):
@@ -255,10 +265,9 @@ def main():
 
     adapter = new_adapter(model, o.rank)
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
-    lora = [p for k, p in adapter.items() if k != "source_proj.weight"]
-    opt = torch.optim.AdamW([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
+    opt = new_optimizer(adapter, o)
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
-    rng, first = torch.Generator().manual_seed(o.seed), 0
+    rng, first, ts = torch.Generator().manual_seed(o.seed), 0, time_grid(o.n, shift)
     if o.resume:
         state, meta = read_tensors(out / "checkpoint.safetensors")
         first = int(meta["step"])
@@ -278,11 +287,8 @@ def main():
         shown = [{"path": str(rows[i]["path"]), "instr": rows[i]["instr"], "undo": rows[i]["undo"]} for i in held]
         write(out / "config.json", vars(o) | {"size": size, "instruction": rows[0]["instr"], "held": shown})
         write(out / "README.md", card(o, rows))
-    ts = time_grid(o.n, shift)
 
     def save(step):
-        if RANK:
-            return
         write_tensors(out / "adapter.safetensors", {key_in_file(k): v for k, v in average.items()},
                       base=o.base, rank=o.rank, step=step, format="pt",
                       note="nanoByG adapter: LoRA (alpha = rank) and source_proj; without source_proj it does not edit")
@@ -294,8 +300,6 @@ def main():
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
-        if RANK:
-            return 0.
         x = latents[held, 0]
         eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
         with torch.no_grad():
@@ -314,10 +318,9 @@ def main():
             say(f"warning: step {step}: the edit {trouble} (relative change {change:.3f}); {advice}")
         return change
 
-    def say(text):
-        if RANK == 0:
-            tqdm.write(text, file=sys.stderr)
-
+    say = lambda text: tqdm.write(text, file=sys.stderr)
+    if RANK:                                                # rank 0 alone writes and speaks
+        save = draw = say = lambda _: 0.
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -326,13 +329,10 @@ def main():
     elif RANK == 0:
         cut_log(out / "log.jsonl", first)
     bar = tqdm(range(first + 1, o.steps + 1), initial=first, total=o.steps, file=sys.stderr, unit="step", disable=RANK > 0)
-    log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w"), time.time(), 0, first
+    log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w", buffering=1), time.time(), 0, first
     mine, own = slice(RANK, None, RANKS), o.batch // o.states       # every rank draws the whole batch, of `own` trajectories, and takes its share
     for step in bar:
-        rate = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
-        for group in opt.param_groups:
-            group["lr"] = rate * group["scale"]
-        figures = {}
+        rate, figures = set_rate(opt, step, o), {}
         for _ in range(o.accumulate):
             b = train_on[torch.randint(len(train_on), (own,), generator=rng)].repeat(o.states)
             k = torch.randint(0, o.n, (o.batch,), generator=rng)                # nodes of the grid: t = 1 in, t = 0 out
@@ -379,7 +379,6 @@ def main():
             figures["change"] = draw(step)
             save(step)
         log.write(json.dumps({"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)} | figures) + "\n")
-        log.flush()
         if halt:
             save(step)
             say(f"stopped at step {step}; everything is saved, go on with --resume")

@@ -40,7 +40,7 @@ def call(*args):
 
 
 def folder(o, name, seed):
-    return o.work / f"ablate-{o.steps}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}"
+    return ROOT / "bench" / "work" / f"ablate-{o.steps}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}"
 
 
 def table(done, seeds, command):
@@ -62,8 +62,6 @@ def main():
     p.add_argument("--steps", type=int, default=160, help="optimizer steps of every run")
     p.add_argument("--n", type=int, default=100, help="held-out scenes")
     p.add_argument("--scenes", type=int, default=909, help="seed of the scenes")
-    p.add_argument("--only", nargs="+", help="names of rows that contain one of these words")
-    p.add_argument("--work", default=ROOT / "bench" / "work", type=pathlib.Path, help="folder for the runs")
     o = p.parse_args()
     RESULTS.mkdir(exist_ok=True)
     command, file = f"python bench/ablate.py --seeds {o.seeds} --steps {o.steps} --n {o.n} --scenes {o.scenes}", RESULTS / "ablate.json"
@@ -72,7 +70,7 @@ def main():
     for seed in range(o.seeds):
         for name, (flags, _) in VARIANTS.items():
             key, run = f"{name} {seed}", folder(o, name, seed)
-            if key in done or (o.only and not any(word in name for word in o.only)):
+            if key in done:
                 continue
             resume = ["--resume"] if (run / "checkpoint.safetensors").exists() else []
             call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--steps", o.steps, "--every", o.steps,

@@ -11,7 +11,6 @@ Every method is asked for the same edit of the same held-out scenes; captions na
 """
 import argparse
 import json
-import math
 import pathlib
 import re
 import sys
@@ -27,20 +26,11 @@ from edits import change
 from frozen.vae import to_images, to_pixels
 from model import load_adapter, load_base, new_adapter, read_json
 from routing import integrate, time_grid
-from train import RECIPES
+from sample import guided
+from train import RECIPES, new_optimizer, set_rate
 
 WORK = pathlib.Path(__file__).resolve().parent / "work" / "baselines"           # pictures of methods that are done
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-
-
-def guided(model, prompt, null, w):
-    """The base's velocity with classifier-free guidance. -> velocity(y, t)"""
-    both = tuple(torch.cat(pair) for pair in zip(null, prompt))
-
-    def velocity(y, t):
-        v0, v1 = model(y.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-        return v0 + w * (v1 - v0)
-    return velocity
 
 
 def from_time(start, steps, shift):
@@ -68,12 +58,9 @@ def supervised(model, vae, prompt, pairs, o, shift, seed):
     torch.manual_seed(seed)
     adapter = new_adapter(model, o.rank)
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
-    groups = [{"params": [v for k, v in adapter.items() if (k == "source_proj.weight") == own], "scale": o.source_rate if own else 1.}
-              for own in (False, True)]
-    opt, ts = torch.optim.AdamW(groups, weight_decay=1e-2), time_grid(o.n, shift)
+    opt, ts = new_optimizer(adapter, o), time_grid(o.n, shift)
     for step in range(1, o.steps + 1):
-        for group in opt.param_groups:
-            group["lr"] = group["scale"] * o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
+        set_rate(opt, step, o)
         b, t = torch.randint(len(pairs[0]), (o.batch,)), ts[torch.randint(o.n, (o.batch,))]
         x, y = (a[b] for a in pairs)
         eps = torch.randn_like(y)

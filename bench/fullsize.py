@@ -1,6 +1,6 @@
 """SD3.5-medium at its full size with random weights: diffusers writes it sharded, we load it and take one ByG step.
 
-    python bench/fullsize.py --size 256                                         # 10 GB of disk, 16 GB of memory, some minutes
+    python bench/fullsize.py --size 256                                         # 5 GB of disk, 14 GB of memory, some minutes
 
 The proof that nothing in the loader or the step is made for small models only; the picture that such weights would draw is noise.
 Peak memory is the process's own (ru_maxrss). The last line is one JSON object.

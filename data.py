@@ -2,17 +2,27 @@
 
 Captions come from metadata.jsonl (file_name, text) or, where that has none, from a .txt of the same stem. Prompts, from
 most to least specific: a line of tuples.jsonl (file_name, src, tgt, instr, undo); the command line; a small grammar.
+And the other way: files that are written whole or not at all, a run's card and page.
 """
+import contextlib
 import json
+import os
 import pathlib
+import platform
 import re
+import shlex
+import shutil
+import subprocess
 import sys
 import warnings
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from model import UserError
+from model import ROOT, UserError, read_json
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
@@ -164,17 +174,88 @@ def load_image(path, size=None):
 
 
 def load_rows(rows, size, views=1, seed=0):
-    """Loads every row's picture; the unreadable are left out with a warning. Of each there are `views`: the first is the picture,
-    the others are random crops of .8 to 1 of it, half of them mirrored. -> images (n, views, h, w, 3) uint8, rows"""
-    images, good, rng = [], [], np.random.default_rng(seed)
+    """Yields every row's picture as (views, h, w, 3) uint8, and the row; the unreadable are left out with a warning. The first view is
+    the picture, the others are random crops of .8 to 1 of it, half of them mirrored. One at a time: a large folder needs no memory."""
+    good, rng = 0, np.random.default_rng(seed)
     for row in rows:
         others = [dict(zoom=rng.uniform(.8, 1), at=rng.uniform(0, 1, 2), mirrored=rng.random() < .5) for _ in range(views - 1)]
         try:
             picture = load_image(row["path"])
-            images.append(np.stack([crop(picture, size, **view) for view in [{}, *others]]))
-            good.append(row)
         except UserError as error:
             print(f"warning: skipped {error}", file=sys.stderr)
+            continue
+        good += 1
+        yield np.stack([crop(picture, size, **view) for view in [{}, *others]]), row
     if not good:
         raise UserError("none of the images could be read")
-    return np.stack(images), good
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yields a temporary name beside path; what was written there becomes path, which is complete or as it was before."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield tmp
+        with open(tmp, "rb+") as file:
+            os.fsync(file.fileno())                         # on the disk before it takes the old one's place
+        tmp.replace(path)
+    except (OSError, SafetensorError) as error:             # a full disk, a folder one may not write to
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error}); what was saved before is unharmed")
+
+
+def write(path, text):
+    """Text, or data as JSON."""
+    with replacing(path) as tmp:
+        tmp.write_text(text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8")
+
+
+def write_tensors(path, tensors, **meta):
+    with replacing(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
+
+
+def write_image(path, picture):
+    """picture (h, w, 3) uint8 or a PIL image; the suffix says the format."""
+    path = pathlib.Path(path)
+    if (kind := Image.registered_extensions().get(path.suffix.lower())) not in Image.SAVE:
+        raise UserError(f"{path}: no picture can be written under this name; end it in .png, .jpg or .webp", 2)
+    with replacing(path) as tmp:
+        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(tmp, kind)
+
+
+# ---- what a run leaves to read ------------------------------------------------------------------------------------
+def origin():
+    """What a run was made of. -> dict of command, commit, versions"""
+    git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {"command": f"python {shlex.join(sys.argv)}", "commit": git or "unknown", "python": platform.python_version(),
+            "torch": torch.__version__, "machine": platform.machine()}
+
+
+def card(o, made):
+    return f"""---
+base_model: {o.base}
+tags: [image-to-image, lora, bootstrap-your-generator, unpaired]
+---
+# {f'An editor for "{o.instr}"' if o.instr else "An editor for many instructions"}
+
+Trained without pairs by nanoByG: `{made["command"]}`
+
+Use: `python sample.py --run {o.out} --input picture.png --output edited.png{"" if o.instr else ' --instr "make it winter"'}`. The adapter
+holds a source projection besides its LoRA; other tools may load the LoRA, but cannot edit with it.
+
+Made with seed {o.seed}, nanoByG {made["commit"]}, torch {made["torch"]}, Python {made["python"]}, {made["machine"]}; data {made["data"]}.
+
+![source, edit, edit undone](samples/latest.png)
+"""
+
+
+def page(out):
+    """Writes index.html, which opens from disk: pictures over the steps, curves, prompts. The template is bench/page.html."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    run = {"config": read_json(out / "config.json"), "log": log[::-max(1, len(log) // 1000)][::-1],
+           "sheets": sorted(p.name for p in (out / "samples").glob("[0-9]*.png"))}
+    template = (ROOT / "bench" / "page.html").read_text("utf-8")
+    write(out / "index.html", template.replace("__RUN__", json.dumps(run).replace("</", "<\\/")))

@@ -44,14 +44,20 @@ def delta_cue(v, v_x, change, t):
 
 @torch.no_grad()
 def teacher(model, queries, null):
-    """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch; v = v(null) + w (v(p) - v(null)),
-    w a number or (B, 1, 1, 1), or None for v(p) alone. -> list of (B, C, H, W)"""
-    nulls = {id(s): s for s, _, w in queries if w is not None}                  # one null query per distinct state
-    pairs = [(s, p) for s, p, _ in queries] + [(s, null) for s in nulls.values()]
-    y, t = (torch.cat([s[i] for s, _ in pairs]) for i in (0, 1))
-    v = model(y, t, tuple(torch.cat([p[i] for _, p in pairs]) for i in (0, 1))).float().chunk(len(pairs))
-    base = dict(zip(nulls, v[len(queries):]))
-    return [u if w is None else base[id(s)] + w * (u - base[id(s)]) for u, (s, _, w) in zip(v, queries)]
+    """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch: v = v(null) + w (v(p) - v(null)).
+
+    w, the same for all queries of a state, is a number or (B, 1, 1, 1); None: v(p) alone. v(null) is asked once for a state and, of
+    a tensor w, only where it is not 1. -> list of (B, C, H, W)"""
+    nulls = {id(s): (s, (w != 1).flatten() if torch.is_tensor(w) else slice(None)) for s, _, w in queries if w is not None}
+    parts = [(*s, *p) for s, p, _ in queries] + [tuple(a[m] for a in (*s, *null)) for s, m in nulls.values()]
+    y, t, *prompt = (torch.cat(a) for a in zip(*parts))
+    v = model(y, t, prompt).float().split([len(part[0]) for part in parts])
+    v_null = dict(zip(nulls, v[len(queries):]))
+    for u, (s, _, w) in zip(v, queries):
+        if w is not None:
+            m = nulls[id(s)][1]
+            u[m] = v_null[id(s)] + (w[m] if torch.is_tensor(w) else w) * (u[m] - v_null[id(s)])
+    return v[:len(queries)]
 
 
 def identity_loss(model, adapter, x, x_t, t, v, undo):
@@ -81,20 +87,23 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
             y_t, y_0 = own_rollout(average)
     else:
         y_t = x_t                                           # the ablation: the editor only ever meets the noised source
-    w, at_y, at_x = None if o.guidance == 1 else o.guidance, (y_t, t), (x_t, t)
+    w = None if o.guidance == 1 else o.guidance
     if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
-        at_y, at_x = ((z + s * (eps_cue - eps), t) for z in (y_t, x_t))
-        queries = [(at_x, src, None), (at_y, tgt, None if w is None else fade(w, t))]
+        at = k.nonzero()[:, 0].to(x.device)                 # at t = 1 the base sees nothing of the scene: it is not asked
+        at_x, at_y = ((z[at] + s[at] * (eps_cue - eps)[at], t[at]) for z in (x_t, y_t))
+        p_src, p_tgt, p_null = (tuple(a[at] for a in prompts[p]) for p in ("src", "tgt", "null"))
+        v_src, v_tgt = teacher(model, [(at_x, p_src, None), (at_y, p_tgt, w and fade(w, t[at]))], p_null)
+        change = torch.zeros_like(x).index_copy(0, at, delta_change(v_src, v_tgt, x[at], at_x[0], at_y[0], t[at]))
     else:
-        queries = [(at_y, src, w), (at_y, tgt, w)] + ([(at_x, src, w), (at_x, tgt, w)] if o.reverse else [])
-    v_src, v_tgt, *u = teacher(model, queries, prompts["null"])
+        at_y, at_x = (y_t, t), (x_t, t)
+        v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(o.reverse)] for p in (src, tgt)], prompts["null"])
 
     v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
     y_hat = y_t - s * v_fwd
     if not o.bootstrap:
         y_0 = y_hat
     if o.cue == "delta":
-        prior, cos = delta_cue(v_fwd, eps - x, delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t), t)
+        prior, cos = delta_cue(v_fwd, eps - x, change, t)
     else:
         prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
         if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction
@@ -106,7 +115,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     cycle = F.mse_loss(v_rev, eps - x)
     loss = o.cycle * cycle + o.prior * prior                        # Eq. 5
     figures = {"cycle": cycle.detach(), "prior": prior.detach(), "cos": cos}
-    if u:                                                           # the reverse cue: captions swapped
+    if o.cue != "delta" and o.reverse:                              # the reverse cue: captions swapped
         prior_rev, figures["cos_rev"] = cosine_cue(v_rev, u[1], u[0], o.alpha)
         loss, figures["prior_rev"] = loss + o.reverse * prior_rev, prior_rev.detach()
     return loss, figures

@@ -223,7 +223,7 @@ def open_tensors(path, device="cpu"):
         with safe_open(path, "pt", device=str(device)) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({str(error).splitlines()[0]})")
+        raise UserError(f"{path}: cannot be read as safetensors ({why(error)})")
 
 
 def read_tensors(path):
@@ -283,10 +283,15 @@ class UserError(Exception):
         self.code = code
 
 
+def why(error):
+    """The first line of what an exception says, for a sentence to end with."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def read_json(path):
     try:
         data = json.loads(pathlib.Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})")
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds no JSON object")
@@ -325,10 +330,12 @@ def load_part(cls, folder, device, dtype):
         raise UserError(f"{folder} has no config.json; a base is a folder in diffusers layout of the SD3 family")
     config = read_json(folder / "config.json")
     try:
+        if any("layers" in k and isinstance(v, int) and v > 1000 for k, v in config.items()):
+            raise ValueError("more than 1000 layers")       # they would take minutes to build
         with torch.device("meta"):
             part = cls(config)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(f"{folder / 'config.json'}: describes no {cls.__name__} ({str(error).splitlines()[0]})")
+    except Exception as error:                              # whatever a damaged config makes of it
+        raise UserError(f"{folder / 'config.json'}: describes no {cls.__name__} ({why(error)})")
     want, tensors = part.state_dict(), {}
     for path in weight_files(folder):
         with open_tensors(path, device) as file:
@@ -386,7 +393,7 @@ def find_base(base):
         raise UserError(f"{name} is not in the local cache and the Hub cannot be reached: go online once, give --base a local folder in "
                         "diffusers layout, or take --base tiny, which needs no network")
     except Exception as error:                              # a cut line, a full disk: the library has a class for each
-        raise UserError(f"cannot download {name} ({type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}); run again to go on")
+        raise UserError(f"cannot download {name} ({why(error)}); run again to go on")
 
 
 def load_base(base, device="cpu", dtype=torch.float32):
@@ -402,7 +409,20 @@ def load_base(base, device="cpu", dtype=torch.float32):
     for name in ("tokenizer", "tokenizer_2"):
         try:
             tokenizers.append(Tokenizer(folder / name))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / name} holds no CLIP tokenizer: vocab.json, merges.txt or tokenizer.json ({type(error).__name__}: {error})")
+        except Exception as error:
+            raise UserError(f"{folder / name} holds no CLIP tokenizer: vocab.json, merges.txt or tokenizer.json ({why(error)})")
     text = Text(tokenizers, [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
-    return model, vae, text, read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)
+    try:                                                    # once through everything, with the smallest picture
+        shift, side = float(read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)), model.patch * vae.factor
+        with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+            x = vae.encode(torch.zeros(1, 3, side, side, device=device))
+            if vae.decode(model(x, torch.ones(1, device=device), text(["a"])).float()).shape != (1, 3, side, side):
+                raise ValueError("what goes in has another size than what comes out")
+        if not 0 < shift < 1000 or model.sample_size > model.grid * model.patch:
+            raise ValueError(f"shift {shift}, sample_size {model.sample_size}")
+        for tokenizer, encoder in zip(tokenizers, text.encoders):
+            if max(tokenizer.vocab.values()) >= encoder.embeddings["token_embedding"].num_embeddings:
+                raise ValueError("a tokenizer has more words than its encoder")
+    except (ValueError, TypeError, RuntimeError, LookupError) as error:
+        raise UserError(f"{folder}: its parts do not fit together ({why(error)})")
+    return model, vae, text, shift

@@ -1,6 +1,6 @@
 """Edits pictures with a trained adapter, or draws from a base.
 
-    python sample.py                                                        # held-back images of the last run
+    python sample.py                                                        # held-back images of the last run, or a first look
     python sample.py --input photo.jpg --instr "make it winter" --output x.png
     python sample.py --input folder/ --output edited/
     python sample.py --base tiny --prompt "a red house in winter" --output house.png
@@ -16,8 +16,12 @@ from PIL import Image
 
 import data
 from frozen.vae import to_images, to_pixels
-from model import UserError, choose_base, load_adapter, load_base, merged, read_json
+from model import ROOT, UserError, choose_base, load_adapter, load_base, merged, read_json
 from routing import integrate, time_grid
+
+# The editor the repository carries, which takes many instructions, and what it shows on the first example pictures.
+EDITOR = ROOT / "tiny" / "editor"
+SHOW = ("make it winter", "make it night", "make the house blue", "make it foggy", "make it spring", "turn it into a pencil sketch")
 
 
 def edit(model, adapter, x, prompt, eps, ts):
@@ -58,20 +62,20 @@ def working_size(h, w, model, vae, limit):
     return tuple(min(max(unit, round(s * scale / unit) * unit), model.grid * unit) for s in (h, w))
 
 
-def save_image(picture, path):
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.stem + ".tmp" + path.suffix)
-    try:
-        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(tmp)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error})")
-    tmp.replace(path)
+def read_run(folder):
+    """config.json of a run. -> dict with base, instr (None: many), size [h, w] and held, the pictures kept back"""
+    config, words = read_json(folder / "config.json"), ("path", "instr", "undo")
+    size, held = config.get("size"), config.get("held")
+    if not (isinstance(config.get("base"), str) and isinstance(config.get("instr", 0), (str, type(None)))
+            and isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
+            and isinstance(held, list) and held and all(isinstance(h, dict) and all(isinstance(h.get(w), str) for w in words) for h in held)):
+        raise UserError(f"{folder / 'config.json'}: is not as train.py writes it (damaged, or of an older nanoByG); train again")
+    return config
 
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", default="out", help="folder that train.py wrote")
+    p.add_argument("--run", help="folder that train.py wrote (default: out, or tiny/editor while there is no out)")
     p.add_argument("--input", help="image or folder (default: the run's held-back images)")
     p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or edited/)")
     p.add_argument("--instr", help="the edit (default: the run's own)")
@@ -94,18 +98,23 @@ def main():
         eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=noise).to(device)
         with autocast:
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
-        save_image(to_images(vae.decode(x))[0], o.output or "drawn.png")
+        data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run)
+    run = pathlib.Path(o.run or "out")
+    if not o.run and not (run / "adapter.safetensors").exists():
+        run = EDITOR
+        print(f"note: nothing is trained yet, so this is {EDITOR.relative_to(ROOT)}, which comes with the repository", file=sys.stderr)
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
                         '--instr "make it winter"), or name its folder with --run', 2)
-    config = read_json(run / "config.json")
+    config = read_run(run)
     if o.input and not pathlib.Path(o.input).exists():
         raise UserError(f"--input {o.input}: there is no such file or folder", 2)
     model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
     adapter = load_adapter(run / "adapter.safetensors", model)[0]
-    instr = o.instr or config["instruction"]
+    instr = o.instr or config["instr"]
+    if o.input and not instr:
+        raise UserError(f'{run} takes many instructions: say which, as in --instr "make it winter"', 2)
     if o.input and model.width < 512:
         print("note: the embedded base knows only its own world of little houses; expect nothing true of photographs", file=sys.stderr)
 
@@ -117,12 +126,15 @@ def main():
 
     if not o.input:
         held, target = config["held"], o.output or "edited.png"
+        if run == EDITOR:                                   # its own pictures are not in the repository
+            held = [{"path": p, "instr": i} for p, i in zip(sorted((ROOT / "tiny" / "examples").glob("*.png")), SHOW)]
         columns = [[data.load_image(row["path"], config["size"]) for row in held]]
         columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held]))))
-        if not o.instr:                                     # how another edit is undone only its caption would say
+        if undone := not o.instr and run != EDITOR:         # how another edit is undone only its caption would say
             columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held]))))
-        save_image(contact_sheet(columns), target)
-        return print(f'"{instr}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if not o.instr else ""})')
+        data.write_image(target, contact_sheet(columns))
+        asked = '", "'.join(dict.fromkeys(o.instr or row["instr"] for row in held))
+        return print(f'"{asked}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if undone else ""})')
     source, many = pathlib.Path(o.input), pathlib.Path(o.input).is_dir()
     paths = [source / p for p in data.find_images(source)] if many else [source]
     target, done = pathlib.Path(o.output or ("edited" if many else "edited.png")), 0
@@ -137,7 +149,7 @@ def main():
         h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** .5)
         y = run_edit([data.crop(image, (h, w))], [instr])
         where = (target / path.relative_to(source)).with_suffix(".png") if many else target
-        save_image(to_images(vae.decode(y))[0], where)
+        data.write_image(where, to_images(vae.decode(y))[0])
         done += 1
     if not done:
         raise UserError(f"none of the images in {source} could be read")

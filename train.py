@@ -10,6 +10,7 @@ checkpoint.safetensors for --resume.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -23,14 +24,13 @@ import time
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import data
+from data import write, write_tensors
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, choose_base, key_in_file, load_base, merged, new_adapter, read_tensors
+from model import UserError, choose_base, key_in_file, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, time_grid
 from sample import contact_sheet, edit, working_size
 
@@ -38,9 +38,9 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine"),
-    "tiny": dict(steps=380, batch=16, lr=6e-3, n=8, rank=64, prior=2., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=50, identity_share=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta"),
+                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine", muon=False),
+    "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
+                 identity_first=50, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
 
 
@@ -64,8 +64,8 @@ def options():
     p.add_argument("--out", default="out", help="folder for everything that is written")
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--recipe", default="auto", choices=["auto", *RECIPES], help="defaults for the numbers below; auto: tiny for the embedded base")
-    for name, kind, why in (
-            ("steps", int, "optimizer steps"), ("batch", int, "samples in a step"), ("lr", float, "of AdamW"),
+    for name, kind, meaning in (
+            ("steps", int, "optimizer steps"), ("batch", int, "samples in a step"), ("lr", float, "learning rate"),
             ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"),
             ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"),
             ("cycle", float, "weight of the cycle"),
@@ -76,10 +76,10 @@ def options():
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
             ("warmup", int, "steps until the full rate"), ("source-rate", float, "learning rate of the source projection, in --lr"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
-        p.add_argument(f"--{name}", type=kind, help=f"{why} (from the recipe)")
-    p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True,
-                   help="train on the editor's own rollout; no: on the noised source")
+        p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
+    p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
+    p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--clip", type=float, default=1., help="largest gradient norm")
@@ -110,31 +110,6 @@ def precision(name, device):
             device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         name = "bf16" if fast else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """Yields a temporary name beside path; what was written there becomes path, which is complete or as it was before."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        yield tmp
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())                         # on the disk before it takes the old one's place
-        tmp.replace(path)
-    except (OSError, SafetensorError) as error:             # a full disk, a folder one may not write to
-        tmp.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}); what was saved before is unharmed")
-
-
-def write(path, text):
-    """Text, or data as JSON."""
-    with replacing(path) as tmp:
-        tmp.write_text(text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8")
-
-
-def write_tensors(path, tensors, **meta):
-    with replacing(path) as tmp:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
 
 
 def claim(out):
@@ -185,55 +160,81 @@ def share(tensors):
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:
-            raise UserError(f"another rank of this run has ended ({str(error).splitlines()[0]}); go on from the last save with --resume")
+            raise UserError(f"another rank of this run has ended ({why(error)}); go on from the last save with --resume")
         for t, mean in zip(tensors, (flat / RANKS).split([t.numel() for t in tensors])):
             t.copy_(mean.view_as(t))
 
 
+class Muon(torch.optim.Optimizer):
+    """AdamW's rival for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): the momentum's nearest orthogonal matrix
+    is the update, so that all its directions are learnt at one rate. Scaled as in arXiv 2502.16982 to AdamW's size of step. torch's own
+    works in bfloat16, which a processor without such arithmetic does a hundred times slower; here equally shaped matrices go together."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for shape in {p.shape for p in group["params"]}:
+                params = [p for p in group["params"] if p.shape == shape]
+                grads, momenta = [p.grad for p in params], [self.state[p].setdefault("exp_avg", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momenta, grads, .05)
+                u = torch.stack(grads).lerp(torch.stack(momenta), .95).flatten(2)   # Nesterov; (K, m, n)
+                tall = u.shape[1] > u.shape[2]
+                u = u.mT if tall else u
+                u = u / u.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+                for _ in range(5):                          # Newton-Schulz, its published coefficients
+                    a = u @ u.mT
+                    u = 3.4445 * u + (-4.775 * a + 2.0315 * a @ a) @ u
+                u = (u.mT if tall else u) * .2 * max(u.shape[1:]) ** .5
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(params, list(u.reshape(-1, *shape).unbind()), alpha=-group["lr"])
+
+
 def new_optimizer(adapter, o):
-    """AdamW; the source projection, which alone starts from nothing, learns at o.source_rate times the rate."""
-    lora = [p for k, p in adapter.items() if k != "source_proj.weight"]
-    return torch.optim.AdamW([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
+    """The source projection, which alone starts from nothing, learns at o.source_rate times the rate."""
+    lora, kind = [p for k, p in adapter.items() if k != "source_proj.weight"], Muon if o.muon else torch.optim.AdamW
+    return kind([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
 
 
 def set_rate(opt, step, o):
-    """Warm-up, then a cosine to a tenth of o.lr. -> the rate"""
-    rate = o.lr * min(1, step / o.warmup) * (.1 + .9 * .5 * (1 + math.cos(math.pi * step / o.steps)))
+    """Warm-up, then a cosine to zero. -> the rate"""
+    rate = o.lr * min(1, step / o.warmup) * .5 * (1 + math.cos(math.pi * step / o.steps))
     for group in opt.param_groups:
         group["lr"] = rate * group["scale"]
     return rate
 
 
-def card(o, rows):
-    return f"""---
-base_model: {o.base}
-tags: [image-to-image, lora, bootstrap-your-generator, unpaired]
----
-# An editor for "{rows[0]['instr']}"
-
-Trained without pairs by nanoByG: `python {' '.join(sys.argv)}`
-
-Use: `python sample.py --run {o.out} --input picture.png --output edited.png`. The adapter holds a source projection
-besides its LoRA; other tools may load the LoRA, but cannot edit with it.
-
-![source, edit, edit undone](samples/latest.png)
-"""
+def restore(path, adapter, average, opt, rng):
+    """Puts everything back as it was saved. -> the step"""
+    state, meta = read_tensors(path)
+    try:
+        rng.set_state(state["rng"])
+        for k, p in adapter.items():
+            get = lambda part, k=k, p=p: state[f"{part}.{k}"].to(p).view_as(p)      # noqa: E731
+            with torch.no_grad():
+                p.copy_(get("now")), average[k].copy_(get("avg"))
+            if f"step.{k}" in state:                        # there was an update, and AdamW counts them
+                opt.state[p]["step"] = state[f"step.{k}"]
+            opt.state[p] |= {part: get(part) for part in ("exp_avg", "exp_avg_sq") if f"{part}.{k}" in state}
+        return int(meta["step"])
+    except (LookupError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(f"{path}: does not fit this run ({why(error)}); give the options it was begun with, or another --out to begin anew")
 
 
 def main():
-    quiet = contextlib.nullcontext()
-    if int(os.environ.get("LOCAL_RANK", RANK)):                                 # one rank of a machine speaks for all
-        quiet = contextlib.redirect_stderr(open(os.devnull, "w"))
+    silent = int(os.environ.get("LOCAL_RANK", RANK))                            # one rank of a machine speaks for all
+    quiet = contextlib.redirect_stderr(open(os.devnull, "w")) if silent else contextlib.nullcontext()
     if "BYG_SECOND" in os.environ:                                              # the pipe closes when rank 0 ends, however it ends
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     with quiet:
         o = options()
         out = pathlib.Path(o.out)
-        if (out / "checkpoint.safetensors").exists() and not o.resume:
-            raise UserError(f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2)
-        if o.resume and not (out / "checkpoint.safetensors").exists():
-            raise UserError(f"{out} holds no run to resume; leave --resume away to begin one", 2)
+        if (out / "checkpoint.safetensors").exists() != o.resume:
+            raise UserError(f"{out} holds no run to resume; leave --resume away to begin one" if o.resume else
+                            f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2)
         rows = data.read_prompts(o.data, data.find_images(o.data), o.instr, o.src, o.tgt, o.undo)
         lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
         if device.type == "cuda":
@@ -243,15 +244,19 @@ def main():
         amp = precision(o.dtype, device)
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
-        images, rows = data.load_rows(rows, size, o.views, o.seed)
+        # Encode everything once; the encoders are not needed after that.
+        latents, read, digest = [], [], hashlib.sha256()
+        for views, row in data.load_rows(rows, size, o.views, o.seed):
+            with torch.no_grad():
+                latents.append(vae.encode(to_pixels(views).to(device)))
+            read.append(row)
+            digest.update(views.tobytes() + json.dumps(row | {"path": row["path"].name}).encode())
+        latents, rows = torch.stack(latents), read                              # (rows, views, C, h, w)
     if RANKS > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     torch.manual_seed(o.seed)
-
-    # Encode everything once; the encoders are not needed after that.
     with torch.no_grad():
-        latents = torch.stack([vae.encode(to_pixels(views).to(device)) for views in images])        # (rows, views, C, h, w)
         texts = sorted({"", *(r[k] for r in rows for k in ("src", "tgt", "instr", "undo"))})
         context, pooled = (torch.cat(a) for a in zip(*(text(texts[i:i + 64]) for i in range(0, len(texts), 64))))
     index = {s: i for i, s in enumerate(texts)}
@@ -269,34 +274,25 @@ def main():
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
     rng, first, ts = torch.Generator().manual_seed(o.seed), 0, time_grid(o.n, shift)
     if o.resume:
-        state, meta = read_tensors(out / "checkpoint.safetensors")
-        first = int(meta["step"])
-        rng.set_state(state["rng"])
-        with torch.no_grad():
-            for i, k in enumerate(adapter):
-                adapter[k].copy_(state[f"now.{k}"])
-                average[k].copy_(state[f"avg.{k}"])
-                opt.state[params[i]] = {"step": torch.tensor(float(meta["updates"])), "exp_avg": state[f"m.{k}"].to(device),
-                                        "exp_avg_sq": state[f"v.{k}"].to(device)}
+        first = restore(out / "checkpoint.safetensors", adapter, average, opt, rng)
     if device.type == "cuda":
         model.checkpointing = model.width > 512                                 # large bases: memory before speed
-        torch._dynamo.config.recompile_limit = 64                               # a block's kinds times adapter none, without and with gradient
+        torch._dynamo.config.recompile_limit = 64                               # a block's kinds times adapter none, with and without gradient
         for block in model.transformer_blocks:
             block.compile()
     if RANK == 0:
-        shown = [{"path": str(rows[i]["path"]), "instr": rows[i]["instr"], "undo": rows[i]["undo"]} for i in held]
-        write(out / "config.json", vars(o) | {"size": size, "instruction": rows[0]["instr"], "held": shown})
-        write(out / "README.md", card(o, rows))
+        shown = [rows[i] | {"path": str(rows[i]["path"])} for i in held]
+        made = data.origin() | {"data": digest.hexdigest()[:16]}                     # fingerprint of all pictures and prompts
+        write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
+        write(out / "README.md", data.card(o, made))
 
     def save(step):
         write_tensors(out / "adapter.safetensors", {key_in_file(k): v for k, v in average.items()},
                       base=o.base, rank=o.rank, step=step, format="pt",
                       note="nanoByG adapter: LoRA (alpha = rank) and source_proj; without source_proj it does not edit")
-        moments = {f"{a}.{k}": opt.state.get(p, {}).get(b, torch.zeros_like(p)) for k, p in adapter.items()
-                   for a, b in (("m", "exp_avg"), ("v", "exp_avg_sq"))}
-        updates = int(next((s["step"] for s in opt.state.values()), 0))
+        moments = {f"{part}.{k}": v for k, p in adapter.items() for part, v in opt.state.get(p, {}).items()}
         write_tensors(out / "checkpoint.safetensors", {f"now.{k}": v for k, v in adapter.items()} | moments |
-                      {f"avg.{k}": v for k, v in average.items()} | {"rng": rng.get_state()}, step=step, updates=updates)
+                      {f"avg.{k}": v for k, v in average.items()} | {"rng": rng.get_state()}, step=step)
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
@@ -309,8 +305,7 @@ def main():
             pictures = [to_images(vae.decode(a)) for a in (x, y, back)]
         sheet = contact_sheet(pictures)
         for name in (f"{step:06d}.png", "latest.png"):
-            with replacing(out / "samples" / name) as tmp:
-                sheet.save(tmp, "png")
+            data.write_image(out / "samples" / name, sheet)
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
         if step > o.identity_first and not .02 < change < 1.5:
             trouble = "is nearly the source" if change < 1 else "has lost the source"
@@ -335,7 +330,7 @@ def main():
         rate, figures = set_rate(opt, step, o), {}
         for _ in range(o.accumulate):
             b = train_on[torch.randint(len(train_on), (own,), generator=rng)].repeat(o.states)
-            k = torch.randint(0, o.n, (o.batch,), generator=rng)                # nodes of the grid: t = 1 in, t = 0 out
+            k = ((torch.rand((), generator=rng) + torch.arange(o.batch) / o.batch) % 1 * o.n).long()    # nodes, evenly spread: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
             view = torch.randint(o.views, (o.batch,), generator=rng)
             eps = torch.randn((own, *latents.shape[2:]), generator=rng).repeat(o.states, 1, 1, 1)[mine].to(device)
@@ -379,6 +374,8 @@ def main():
             figures["change"] = draw(step)
             save(step)
         log.write(json.dumps({"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)} | figures) + "\n")
+        if "change" in figures and RANK == 0:
+            data.page(out)
         if halt:
             save(step)
             say(f"stopped at step {step}; everything is saved, go on with --resume")

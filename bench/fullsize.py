@@ -82,7 +82,7 @@ def main():
     print(f"one step: {figures}; {moved} of {len(adapter)} adapter tensors moved")
     print(json.dumps({"base": o.base, "size": o.size, "dtype": o.dtype} | loaded | {
         "step_seconds": round(time.time() - begun, 1), "step_peak_gib": peak(), "finite": all(v.isfinite().all().item() for v in adapter.values()),
-        "computed_peak_gib": step_memory(BASES[o.base], o.size, 1, o.rank, "paper", dtype=dtype)["peak"]}))
+        "computed_peak_gib": step_memory(BASES[o.base], o.size, 1, o.rank, dtype=dtype)["peak"]}))
 
 
 if __name__ == "__main__":

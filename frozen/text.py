@@ -53,11 +53,13 @@ class Tokenizer:
             bpe = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
             self.vocab = bpe["vocab"]
             merges = [m.split() if isinstance(m, str) else m for m in bpe["merges"]]
+        if not all(isinstance(n, int) and n >= 0 for n in self.vocab.values()):
+            raise ValueError("an entry of the vocabulary is no number")
         self.rank = {tuple(m): i for i, m in enumerate(merges)}
         file = folder / "tokenizer_config.json"
         config = json.loads(file.read_text("utf-8")) if file.exists() else {}
         self.length = min(int(config.get("model_max_length", 77)), 77)
-        pad = config.get("pad_token", "<|endoftext|>")
+        pad = config.get("pad_token") or "<|endoftext|>"
         self.begin, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.pad = self.vocab.get(pad, self.end)

@@ -67,9 +67,9 @@ def test_views_are_the_picture_then_random_crops_and_mirrorings_of_it(tmp_path):
     """A picture whose every pixel holds its own place tells where a view was taken."""
     place = np.stack([np.tile(np.arange(100), (100, 1)), np.tile(np.arange(100)[:, None], (1, 100)), np.zeros((100, 100))], -1).astype(np.uint8)
     rows = [{"path": save(place, tmp_path / "a.png")}]
-    images, _ = data.load_rows(rows, (50, 50), views=40)
+    images = np.stack([views for views, _ in data.load_rows(rows, (50, 50), views=40)])
     assert images.shape == (1, 40, 50, 50, 3) and np.array_equal(images[0, 0], data.load_image(rows[0]["path"], (50, 50)))
-    assert np.array_equal(images, data.load_rows(rows, (50, 50), views=40)[0])
+    assert np.array_equal(images[0], next(data.load_rows(rows, (50, 50), views=40))[0])
     left, right, top, bottom = (images[0, 1:, 25, 2, 0], images[0, 1:, 25, -3, 0], images[0, 1:, 2, 25, 1], images[0, 1:, -3, 25, 1])
     spans = abs(left.astype(int) - right) / 45                                  # over 45 of 50 columns; the full picture gives 2
     assert spans.min() > 1.5 and spans.max() <= 2.1 and np.allclose(spans, (bottom.astype(int) - top) / 45, atol=.1)

@@ -15,10 +15,10 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipe
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from data import write_tensors
 from frozen.text import CLIPText, Tokenizer, byte_symbols
 from frozen.vae import VAE
 from model import MMDiT, UserError, find_base, key_in_file, load_adapter, load_base, load_part, new_adapter
-from train import write_tensors
 
 CHECKPOINT = pathlib.Path(__file__).resolve().parent.parent / "tiny" / "checkpoint"
 SMALL = dict(sample_size=16, num_layers=2, attention_head_dim=16, num_attention_heads=2, in_channels=4, out_channels=4, joint_attention_dim=48,

@@ -8,9 +8,11 @@ from torch._dynamo.testing import CompileCounter
 from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, identity_loss, teacher
 from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
+from train import Muon
 
 B, C, S = 3, 4, 8
-OPTIONS = argparse.Namespace(states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1., reverse=1.)
+OPTIONS = argparse.Namespace(states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1.,
+                             reverse=1.)
 
 
 @pytest.fixture
@@ -124,8 +126,8 @@ def test_several_states_of_one_rollout_are_the_states_of_single_rollouts(world):
 def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
     model, adapter, x, eps, prompts, k, ts = world
     at, other = (eps, ts[k]), (x, ts[k])
-    per_sample = torch.tensor([1., 2., 3.])[:, None, None, None]
-    asked = ((at, "src", 3.), (other, "src", None), (at, "tgt", 3.), (other, "tgt", per_sample))
+    third, mixed = (eps, ts[k]), torch.tensor([1., 2., 3.])[:, None, None, None]
+    asked = ((at, "src", 3.), (other, "src", mixed), (at, "tgt", 3.), (other, "tgt", mixed), (third, "tgt", None))
     got = teacher(model, [(s, prompts[p], w) for s, p, w in asked], prompts["null"])
     with torch.no_grad():
         for v, ((y, t), p, w) in zip(got, asked):
@@ -224,3 +226,24 @@ def test_one_code_for_all_blocks_and_nothing_is_compiled_after_the_first_step():
         compiled.append(counter.frame_count)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert len(set(compiled)) == 1 and 0 < compiled[0] <= 12, compiled
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix_as_torch_does():
+    """First step, so momentum is the gradient: the update must have the gradient's singular vectors and singular values near 1, as an SVD
+    says, and agree with torch.optim.Muon to its bfloat16. A convolution's kernel counts as a matrix."""
+    shapes, rate = ((4, 12), (12, 4), (6, 2, 2, 2)), .01
+    ours = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    before, grads = [p.detach().clone() for p in ours], [torch.randn(s) for s in shapes]
+    for p, g in zip(ours, grads):
+        p.grad = g.clone()
+    Muon([{"params": ours}], lr=rate).step()
+    for p, old, g in zip(ours, before, grads):
+        step = ((old - p) / rate).detach().flatten(1) / (.2 * max(g.flatten(1).shape) ** .5)
+        u, _, vh = torch.linalg.svd(g.flatten(1), full_matrices=False)
+        turned = u.T @ step @ vh.T
+        assert (turned - turned.diag().diag()).abs().max() < 1e-3
+        assert turned.diag().min() > .6 and turned.diag().max() < 1.25
+    theirs = torch.nn.Parameter(before[0].clone())
+    theirs.grad = grads[0].clone()
+    torch.optim.Muon([theirs], lr=rate, weight_decay=0., momentum=.95, adjust_lr_fn="match_rms_adamw").step()
+    torch.testing.assert_close(ours[0] - before[0], theirs - before[0], rtol=.05, atol=.05 * rate)

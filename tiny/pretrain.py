@@ -26,7 +26,7 @@ import scenes  # noqa: E402
 from frozen.text import CLIPText, Text, Tokenizer, byte_symbols, split_words  # noqa: E402
 from frozen.vae import VAE, to_pixels  # noqa: E402
 from model import MMDiT, load_base, sincos  # noqa: E402
-from train import precision  # noqa: E402
+from train import Muon, precision  # noqa: E402
 
 WORK = ROOT / "tiny" / "work"
 AMP = precision("auto", torch.device("cpu"))                            # bfloat16 where the processor computes in it
@@ -186,32 +186,6 @@ def build():
         if name.startswith(("norm_out", "proj_out")) or ".norm1" in name:
             torch.nn.init.zeros_(p)
     return model, text, configs
-
-
-class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon (momentum .95, "match_rms_adamw") in float32, with equally shaped matrices in one batch. torch's own
-    orthogonalises in bfloat16, which a processor without such arithmetic does a hundred times slower."""
-
-    def __init__(self, params, lr, weight_decay):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.momentum = {}
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for shape in {p.shape for p in group["params"]}:
-                params = [p for p in group["params"] if p.shape == shape]
-                g = torch.stack([p.grad for p in params])                           # (K, m, n)
-                m = self.momentum.setdefault(shape, torch.zeros_like(g)).lerp_(g, .05)
-                u = g.lerp(m, .95)                                                  # Nesterov
-                u = u.mT if shape[0] > shape[1] else u
-                u = u / u.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-                for _ in range(5):                                                  # Newton-Schulz, its published coefficients
-                    a = u @ u.mT
-                    u = 3.4445 * u + (-4.775 * a + 2.0315 * a @ a) @ u
-                u = u.mT if shape[0] > shape[1] else u
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(params, list(u.unbind()), alpha=-group["lr"] * .2 * max(shape) ** .5)
 
 
 def cmd_flow(args):

@@ -412,7 +412,11 @@ def load_base(base, device="cpu", dtype=torch.float32):
         except Exception as error:
             raise UserError(f"{folder / name} holds no CLIP tokenizer: vocab.json, merges.txt or tokenizer.json ({why(error)})")
     text = Text(tokenizers, [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
-    try:                                                    # once through everything, with the smallest picture
+    try:
+        for tokenizer, encoder in zip(tokenizers, text.encoders):
+            if max(tokenizer.vocab.values()) >= encoder.embeddings["token_embedding"].num_embeddings:
+                raise ValueError("a tokenizer has more words than its encoder")
+        # once through everything, with the smallest picture
         shift, side = float(read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)), model.patch * vae.factor
         with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
             x = vae.encode(torch.zeros(1, 3, side, side, device=device))
@@ -420,9 +424,6 @@ def load_base(base, device="cpu", dtype=torch.float32):
                 raise ValueError("what goes in has another size than what comes out")
         if not 0 < shift < 1000 or model.sample_size > model.grid * model.patch:
             raise ValueError(f"shift {shift}, sample_size {model.sample_size}")
-        for tokenizer, encoder in zip(tokenizers, text.encoders):
-            if max(tokenizer.vocab.values()) >= encoder.embeddings["token_embedding"].num_embeddings:
-                raise ValueError("a tokenizer has more words than its encoder")
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
         raise UserError(f"{folder}: its parts do not fit together ({why(error)})")
     return model, vae, text, shift

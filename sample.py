@@ -101,7 +101,7 @@ def main():
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
     run = pathlib.Path(o.run or "out")
-    if not o.run and not (run / "adapter.safetensors").exists():
+    if not o.run and not (run / "adapter.safetensors").exists() and (EDITOR / "adapter.safetensors").exists():
         run = EDITOR
         print(f"note: nothing is trained yet, so this is {EDITOR.relative_to(ROOT)}, which comes with the repository", file=sys.stderr)
     if not (run / "adapter.safetensors").exists():

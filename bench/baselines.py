@@ -24,7 +24,7 @@ from evaluate import UserError, asked, edit_all, held_out, judge_all, page, scen
 from data import derive                                     # isort: skip
 from edits import change
 from frozen.vae import to_images, to_pixels
-from model import load_adapter, load_base, new_adapter, read_json
+from model import load_adapter, load_base, merged, new_adapter, read_json
 from routing import integrate, time_grid
 from sample import guided
 from train import RECIPES, new_optimizer, set_rate
@@ -64,7 +64,7 @@ def supervised(model, vae, prompt, pairs, o, shift, seed):
         b, t = torch.randint(len(pairs[0]), (o.batch,)), ts[torch.randint(o.n, (o.batch,))]
         x, y = (a[b] for a in pairs)
         eps = torch.randn_like(y)
-        v = model(torch.lerp(y, eps, t[:, None, None, None]), t, tuple(a.expand(o.batch, *a.shape[1:]) for a in prompt), x, adapter)
+        v = model(torch.lerp(y, eps, t[:, None, None, None]), t, tuple(a.expand(o.batch, *a.shape[1:]) for a in prompt), x, merged(model, adapter))
         (v - (eps - y)).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.)
         opt.step()

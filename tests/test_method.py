@@ -202,6 +202,13 @@ def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():
     assert delta_cue(v_x, v_x, change, torch.tensor([.3, .6, 1.]))[0] > .5
 
 
+def test_a_batch_that_is_all_noise_asks_the_teacher_nothing(world):
+    model, adapter, x, eps, prompts, _, ts = world
+    loss, figures = run((model, adapter, x, eps, prompts, torch.zeros(B, dtype=torch.long), ts))
+    assert torch.isfinite(loss) and figures["cos"] == 0
+    loss.backward()
+
+
 def test_guidance_fades_with_noise():
     assert fade(3., torch.tensor([.1, .72, .82, .92, 1.])).flatten().tolist() == pytest.approx([3, 3, 2, 1, 1], abs=1e-5)
 

@@ -142,7 +142,8 @@ def main():
         rows.append(np.load(pictures))
     rows.append(np.stack([scenes.render(change(s, kind, value)) for s in world[:12]]))
     scenes.sheet([list(r) for r in rows]).save(RESULTS / "baselines.png")
-    (RESULTS / "baselines.md").write_text(page(done, f"`{command}`\n\n\"{instr}\", {o.n} held-out scenes, 95 % intervals over scenes. "
+    title = f"`{command} --pairs {' '.join(map(str, o.pairs))}`"
+    (RESULTS / "baselines.md").write_text(page(done, f"{title}\n\n\"{instr}\", {o.n} held-out scenes, 95 % intervals over scenes. "
                                                "Picture: the source, a row for each method in this order, the truth."))
     print(json.dumps({k: done[k]["success"] for k in done}))
 

@@ -22,7 +22,7 @@ def call(*args):
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     done = call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", out,
-                "--steps", 4, "--identity-first", 2, "--batch", 4, "--n", 2, "--views", 2)
+                "--steps", 4, "--identity-first", 2, "--identity-share", 1, "--batch", 4, "--n", 2, "--views", 2)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -41,7 +41,7 @@ def test_training_leaves_everything(out):
 
 def test_resume_goes_on_exactly(out, tmp_path):
     common = ["train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", tmp_path / "b",
-              "--identity-first", 2, "--batch", 4, "--n", 2, "--views", 2, "--steps", 4]
+              "--identity-first", 2, "--identity-share", 1, "--batch", 4, "--n", 2, "--views", 2, "--steps", 4]
     code = "import sys, signal, os, losses; n = [0]\nimport train; f = train.identity_loss\n" \
            "def stop(*a):\n    n[0] += 1\n    if n[0] == 3: os.kill(os.getpid(), signal.SIGINT)\n    return f(*a)\n" \
            "train.identity_loss = stop; sys.argv = sys.argv[1:]; train.main()"

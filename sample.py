@@ -1,6 +1,6 @@
 """Edits pictures with a trained adapter, or draws from a base.
 
-    python sample.py                                                        # held-back images of the last run, or a first look
+    python sample.py                                                        # held-back images of the last run
     python sample.py --input photo.jpg --instr "make it winter" --output x.png
     python sample.py --input folder/ --output edited/
     python sample.py --base tiny --prompt "a red house in winter" --output house.png
@@ -16,12 +16,8 @@ from PIL import Image
 
 import data
 from frozen.vae import to_images, to_pixels
-from model import ROOT, UserError, choose_base, load_adapter, load_base, merged, read_json
+from model import UserError, choose_base, load_adapter, load_base, merged, read_json
 from routing import integrate, time_grid
-
-# The editor the repository carries, which takes many instructions, and what it shows on the first example pictures.
-EDITOR = ROOT / "tiny" / "editor"
-SHOW = ("make it winter", "make it night", "make the house blue", "make it foggy", "make it spring", "turn it into a pencil sketch")
 
 
 def edit(model, adapter, x, prompt, eps, ts):
@@ -75,7 +71,7 @@ def read_run(folder):
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", help="folder that train.py wrote (default: out, or tiny/editor while there is no out)")
+    p.add_argument("--run", default="out", help="folder that train.py wrote")
     p.add_argument("--input", help="image or folder (default: the run's held-back images)")
     p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or edited/)")
     p.add_argument("--instr", help="the edit (default: the run's own)")
@@ -100,10 +96,7 @@ def main():
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run or "out")
-    if not o.run and not (run / "adapter.safetensors").exists() and (EDITOR / "adapter.safetensors").exists():
-        run = EDITOR
-        print(f"note: nothing is trained yet, so this is {EDITOR.relative_to(ROOT)}, which comes with the repository", file=sys.stderr)
+    run = pathlib.Path(o.run)
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
                         '--instr "make it winter"), or name its folder with --run', 2)
@@ -126,15 +119,13 @@ def main():
 
     if not o.input:
         held, target = config["held"], o.output or "edited.png"
-        if run == EDITOR:                                   # its own pictures are not in the repository
-            held = [{"path": p, "instr": i} for p, i in zip(sorted((ROOT / "tiny" / "examples").glob("*.png")), SHOW)]
         columns = [[data.load_image(row["path"], config["size"]) for row in held]]
         columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held]))))
-        if undone := not o.instr and run != EDITOR:         # how another edit is undone only its caption would say
+        if not o.instr:                                     # how another edit is undone only its caption would say
             columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held]))))
         data.write_image(target, contact_sheet(columns))
         asked = '", "'.join(dict.fromkeys(o.instr or row["instr"] for row in held))
-        return print(f'"{asked}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if undone else ""})')
+        return print(f'"{asked}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if not o.instr else ""})')
     source, many = pathlib.Path(o.input), pathlib.Path(o.input).is_dir()
     paths = [source / p for p in data.find_images(source)] if many else [source]
     target, done = pathlib.Path(o.output or ("edited" if many else "edited.png")), 0

@@ -193,7 +193,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def new_optimizer(adapter, o):
-    """The source projection, which alone starts from nothing, learns at o.source_rate times the rate."""
+    """Muon or AdamW; the source projection, which alone starts from nothing, learns at o.source_rate times the rate."""
     lora, kind = [p for k, p in adapter.items() if k != "source_proj.weight"], Muon if o.muon else torch.optim.AdamW
     return kind([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
 
@@ -209,15 +209,17 @@ def set_rate(opt, step, o):
 def restore(path, adapter, average, opt, rng):
     """Puts everything back as it was saved. -> the step"""
     state, meta = read_tensors(path)
+    fit = lambda v, like: v.to(like).view_as(like)                              # noqa: E731
     try:
         rng.set_state(state["rng"])
+        parts = {key.split(".")[0] for key in state} - {"rng", "now", "avg"}    # of the optimizer; none before its first step
+        if parts and parts != ({"exp_avg"} if isinstance(opt, Muon) else {"step", "exp_avg", "exp_avg_sq"}):
+            raise ValueError("it was trained by another optimizer, or by an older nanoByG")
         for k, p in adapter.items():
-            get = lambda part, k=k, p=p: state[f"{part}.{k}"].to(p).view_as(p)      # noqa: E731
             with torch.no_grad():
-                p.copy_(get("now")), average[k].copy_(get("avg"))
-            if f"step.{k}" in state:                        # there was an update, and AdamW counts them
-                opt.state[p]["step"] = state[f"step.{k}"]
-            opt.state[p] |= {part: get(part) for part in ("exp_avg", "exp_avg_sq") if f"{part}.{k}" in state}
+                p.copy_(fit(state[f"now.{k}"], p)), average[k].copy_(fit(state[f"avg.{k}"], p))
+            if parts:
+                opt.state[p] = {part: fit(state[f"{part}.{k}"], torch.tensor(0.) if part == "step" else p) for part in parts}
         return int(meta["step"])
     except (LookupError, ValueError, RuntimeError, TypeError) as error:
         raise UserError(f"{path}: does not fit this run ({why(error)}); give the options it was begun with, or another --out to begin anew")
@@ -282,7 +284,7 @@ def main():
             block.compile()
     if RANK == 0:
         shown = [rows[i] | {"path": str(rows[i]["path"])} for i in held]
-        made = data.origin() | {"data": digest.hexdigest()[:16]}                     # fingerprint of all pictures and prompts
+        made = data.origin() | {"data": digest.hexdigest()[:16]}                # fingerprint of all pictures and prompts
         write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
         write(out / "README.md", data.card(o, made))
 

@@ -29,7 +29,7 @@ import data  # noqa: E402
 from data import write_tensors  # noqa: E402
 from model import UserError, key_in_file, load_adapter, load_base, new_adapter  # noqa: E402
 from sample import read_run  # noqa: E402
-from train import restore  # noqa: E402
+from train import Muon, restore  # noqa: E402
 
 KEPT = ROOT / "bench" / "work" / "fuzz"
 ODD = (None, True, -1, 0, 3, 10 ** 9, 10 ** 30, .5, -1e308, "", "x", "../../x", "/etc/passwd", "é" * 300, [], {}, [1], {"a": 1}, ["a", []])
@@ -110,8 +110,8 @@ def targets(work):
     for out in (run, folder):
         out.mkdir()
     write_tensors(run / "adapter.safetensors", {key_in_file(k): v for k, v in adapter.items()}, base="tiny", step=1)
-    state = {f"{part}.{k}": v.detach().clone() for part in ("now", "avg", "m", "v") for k, v in adapter.items()}
-    write_tensors(run / "checkpoint.safetensors", state | {"rng": torch.Generator().get_state()}, step=1, updates=1)
+    state = {f"{part}.{k}": v.detach().clone() for part in ("now", "avg", "exp_avg") for k, v in adapter.items()}
+    write_tensors(run / "checkpoint.safetensors", state | {"rng": torch.Generator().get_state()}, step=1)
     held = [{"path": str(ROOT / "tiny/examples/000.png"), "instr": "make it winter", "undo": "make it spring"}]
     (run / "config.json").write_text(json.dumps({"base": "tiny", "instr": "make it winter", "size": [64, 64], "held": held}))
     pictures(folder)
@@ -128,8 +128,8 @@ def targets(work):
 
     def read_checkpoint(where):
         fresh = new_adapter(model, 2)
-        opt = torch.optim.AdamW(fresh.values())
-        restore(where / "checkpoint.safetensors", fresh, {k: v.detach().clone() for k, v in fresh.items()}, opt, torch.Generator())
+        average = {k: v.detach().clone() for k, v in fresh.items()}
+        restore(where / "checkpoint.safetensors", fresh, average, Muon(fresh.values()), torch.Generator())
 
     def read_rows(where):
         rows = data.read_prompts(where, data.find_images(where))
@@ -185,6 +185,10 @@ def fuzz(cases, seed, only=None):
     with tempfile.TemporaryDirectory() as work:
         work = pathlib.Path(work)
         every = targets(work)
+        for good, _, read in every.values():                # the good ones are accepted
+            with contextlib.redirect_stderr(io.StringIO()):
+                read(shutil.copytree(good, work / "good"))
+            shutil.rmtree(work / "good")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for i in range(cases):
             target = list(every)[i % len(every)]

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +37,12 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: E
 from memory import BASES  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
+import losses  # noqa: E402
 from frozen.vae import to_images  # noqa: E402
-from losses import byg_loss, fade, identity_loss, teacher  # noqa: E402
 from model import MMDiT, load_base, load_part, merged, new_adapter  # noqa: E402
-from routing import integrate, rollout, time_grid  # noqa: E402
+from routing import integrate, time_grid  # noqa: E402
 from sample import edit, generate, guided  # noqa: E402
-from train import RECIPES  # noqa: E402
+from train import RECIPES, new_optimizer  # noqa: E402
 
 TINY = ROOT / "tiny" / "checkpoint"
 LORA = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
@@ -89,7 +90,7 @@ def both_models(config, folder, dtype):
 def against_diffusers(name, config, size, batch, tokens, dtype, rounds):
     """-> {"forward": ..., "forward same tokens": ..., "train": ...}, ratios above 1 where ours is faster"""
     with tempfile.TemporaryDirectory() as folder:
-        theirs, ours = both_models(config, folder, dtype)
+        theirs, ours = both_models(config, pathlib.Path(folder), dtype)
     theirs.eval().requires_grad_(False)
     x, t = torch.randn(batch, ours.channels, size, size, dtype=dtype), torch.linspace(.2, .9, batch, dtype=dtype)
     width = min(2048, ours.context_dim)
@@ -112,7 +113,6 @@ def against_diffusers(name, config, size, batch, tokens, dtype, rounds):
            "forward same tokens": show(f"{name}: forward, same tokens", ratio(times["short"], times["ours"]), times["ours"])}
     theirs.add_adapter(LoraConfig(r=64, lora_alpha=64, target_modules=LORA))
     adapter = new_adapter(ours, 64)
-    del adapter["source_proj.weight"]                       # peft's has none
     target = torch.randn(x.shape)
 
     def step(parameters, forward):
@@ -140,7 +140,7 @@ def loading(rounds):
     for i in range(rounds + 1):
         for name, code in LOADERS.items():
             code = code.format(root=str(ROOT), base=str(TINY)) + (
-                "; import time, resource; peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024"
+                "; import time; peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024"
                 "; before, begun = peak(), time.time(); kept = load(); print(time.time() - begun, peak() - before)")
             line = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
             if i:
@@ -190,7 +190,7 @@ def editing(base, rounds, batch=8):
 
 
 def byg_step(base, recipe, rounds):
-    """-> a ByG step, and its parts, in units of a supervised step; identity counts with the share of steps that have it"""
+    """-> a ByG step, and its parts, in units of a supervised step, which is what identity costs where it is drawn"""
     model, _, text, shift = base
     o = argparse.Namespace(routing="ste", bootstrap=True, **RECIPES[recipe])
     shape, own = (model.channels, model.sample_size, model.sample_size), o.batch // o.states
@@ -201,11 +201,19 @@ def byg_step(base, recipe, rounds):
         prompts = {k: text([c] * o.batch) for k, c in captions.items()}
     adapter = new_adapter(model, o.rank)
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
-    opt = torch.optim.AdamW(params, lr=1e-6)
-    k = (torch.arange(o.batch) / o.batch * o.n).long()
-    t = ts[k]
-    s = t[:, None, None, None]
-    x_t, instr = torch.lerp(x, eps, s), prompts["instr"]
+    opt, k = new_optimizer(adapter, o), (torch.arange(o.batch) / o.batch * o.n).long()
+    t, spent = ts[k], {"rollout": [], "teacher": []}
+
+    def timed(name):
+        """Wraps a function that byg_loss calls, to add up what it takes there."""
+        call = getattr(losses, name)
+
+        def wrapped(*args):
+            begun = time.perf_counter()
+            out = call(*args)
+            spent[name].append(time.perf_counter() - begun)
+            return out
+        return mock.patch.object(losses, name, wrapped)
 
     def finish(loss):
         loss.backward()
@@ -213,31 +221,19 @@ def byg_step(base, recipe, rounds):
         opt.step()
         opt.zero_grad()
 
-    def identity():
-        return identity_loss(model, merged(model, adapter), x, x_t, t, eps - x, prompts["undo"])
+    def supervised():
+        x_t = torch.lerp(x, eps, t[:, None, None, None])
+        finish(losses.identity_loss(model, merged(model, adapter), x, x_t, t, eps - x, prompts["undo"]))
 
     def byg():
-        finish(byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o)[0])
+        finish(losses.byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o)[0])
 
-    @torch.no_grad()
-    def rolling():
-        a = merged(model, average)
-        rollout(lambda y, t: model(y, t, tuple(p[:own] for p in instr), x[:own], a), eps[:own], ts, k)
-
-    def cues():
-        at = k.nonzero()[:, 0] if o.cue == "delta" else torch.arange(o.batch)
-        src, tgt, null = (tuple(p[at] for p in prompts[n]) for n in ("src", "tgt", "null"))
-        x_c, y_c = ((z[at], t[at]) for z in (x_t, eps))
-        if o.cue == "delta":
-            return teacher(model, [(x_c, src, None), (y_c, tgt, fade(o.guidance, t[at]))], null)
-        w = None if o.guidance == 1 else o.guidance
-        teacher(model, [(z, p, w) for z in (x_c, y_c)[:1 + bool(o.reverse)] for p in (src, tgt)], null)
-
-    times = in_turn(rounds, supervised=lambda: finish(identity()), byg=byg, rollout=rolling, cues=cues, identity=lambda: finish(identity()))
-    step = [a + o.identity_share * b for a, b in zip(times["byg"], times["identity"])]
+    with timed("rollout"), timed("teacher"):
+        times = in_turn(rounds, supervised=supervised, byg=byg)
+    step = [a + o.identity_share * b for a, b in zip(times["byg"], times["supervised"])]
     out = {"step": show(f"{recipe} recipe: a ByG step, in units of a supervised step", ratio(step, times["supervised"]), step)}
-    for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("cues", "the frozen base's answers")):
-        out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(times[part], times["supervised"]), times[part])
+    for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("teacher", "the frozen base's answers")):
+        out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
     return out
 
 

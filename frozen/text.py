@@ -121,9 +121,10 @@ class CLIPText(nn.Module):
         super().__init__()
         get = config.get
         d, eps = get("hidden_size", 512), get("layer_norm_eps", 1e-5)
-        self.embeddings = nn.ModuleDict({
-            "token_embedding": nn.Embedding(get("vocab_size", 49408), d),
-            "position_embedding": nn.Embedding(get("max_position_embeddings", 77), d)})
+        # the plain constructor would draw random weights, nobody's need, and on the meta device import the compiler for it: 2 seconds
+        table = lambda n: nn.Embedding.from_pretrained(torch.empty(n, d), freeze=False)     # noqa: E731
+        self.embeddings = nn.ModuleDict({"token_embedding": table(get("vocab_size", 49408)),
+                                         "position_embedding": table(get("max_position_embeddings", 77))})
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
             Layer(d, get("num_attention_heads", 8), get("intermediate_size", 2048), get("hidden_act", "quick_gelu"), eps)
             for _ in range(get("num_hidden_layers", 12)))})

@@ -284,7 +284,7 @@ def main():
             block.compile()
     if RANK == 0:
         shown = [rows[i] | {"path": str(rows[i]["path"])} for i in held]
-        made = data.origin() | {"data": digest.hexdigest()[:16]}                # fingerprint of all pictures and prompts
+        made = data.origin() | {"fingerprint": digest.hexdigest()[:16]}         # of all pictures and prompts
         write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
         write(out / "README.md", data.card(o, made))
 

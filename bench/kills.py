@@ -23,6 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
+grid = train.time_grid
+train.time_grid = lambda n, shift: grid(min(n, 2), shift)    # quick sample sheets, so that most of the time goes to saving
+
 
 def start(data, out, steps, resume):
     """train.py in a forked process, which spares the imports. -> its pid"""

@@ -26,20 +26,20 @@ def delta_change(v_src, v_tgt, x, x_t, y_t, t):
     parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise: the base's blur cancels in
     d (Delta Denoising Score, arXiv 2304.07090; FlowEdit, 2412.08629). w = |d|^2 / (|d|^2 + |e|^2), at each place, is the trust in d:
     where e, the base's error on the source, is as large as what the text changes, the base does not see what stands there, and
-    would paint winter over the house. At t = 1 it sees nothing.
+    would paint winter over the house.
     v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1] -> the wanted change w d of the velocity (B, C, H, W)
     """
     s = t[:, None, None, None]
     x_src, y_tgt = x_t - s * v_src, y_t - s * v_tgt                             # what the base takes the clean pictures for
     d, e = (F.avg_pool2d(a.square().mean(1, keepdim=True), 3, 1, 1, count_include_pad=False) for a in (y_tgt - x_src, x - x_src))
-    return (s < 1) * d / (d + e) * (v_tgt - v_src)
+    return d / (d + e) * (v_tgt - v_src)
 
 
-def delta_cue(v, v_x, change, t):
+def delta_cue(v, v_x, change):
     """The cue of the embedded recipe: v must be v_x, which leads back to the source, plus the wanted change.
-    v, v_x, change (B, C, H, W), t (B,) -> loss, mean cosine of the edit with the change in [-1, 1]"""
-    cos = F.cosine_similarity((v - v_x).flatten(1), change.flatten(1), dim=1)[t < 1]
-    return F.mse_loss(v, v_x + change), cos.mean().nan_to_num().detach()
+    v, v_x, change (B, C, H, W) -> loss, mean cosine of the edit with the change in [-1, 1]"""
+    cos = F.cosine_similarity((v - v_x).flatten(1), change.flatten(1), dim=1)
+    return F.mse_loss(v, v_x + change), cos.mean().detach()
 
 
 @torch.no_grad()
@@ -89,11 +89,9 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
         y_t = x_t                                           # the ablation: the editor only ever meets the noised source
     w = None if o.guidance == 1 else o.guidance
     if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
-        at = k.nonzero()[:, 0].to(x.device)                 # at t = 1 the base sees nothing of the scene: it is not asked
-        at_x, at_y = ((z[at] + s[at] * (eps_cue - eps)[at], t[at]) for z in (x_t, y_t))
-        p_src, p_tgt, p_null = (tuple(a[at] for a in prompts[p]) for p in ("src", "tgt", "null"))
-        v_src, v_tgt = teacher(model, [(at_x, p_src, None), (at_y, p_tgt, w and fade(w, t[at]))], p_null)
-        change = torch.zeros_like(x).index_copy(0, at, delta_change(v_src, v_tgt, x[at], at_x[0], at_y[0], t[at]))
+        at_x, at_y = ((z + s * (eps_cue - eps), t) for z in (x_t, y_t))
+        v_src, v_tgt = teacher(model, [(at_x, src, None), (at_y, tgt, w and fade(w, t))], prompts["null"])
+        change = delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t)
     else:
         at_y, at_x = (y_t, t), (x_t, t)
         v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(o.reverse)] for p in (src, tgt)], prompts["null"])
@@ -103,7 +101,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     if not o.bootstrap:
         y_0 = y_hat
     if o.cue == "delta":
-        prior, cos = delta_cue(v_fwd, eps - x, change, t)
+        prior, cos = delta_cue(v_fwd, eps - x, change)
     else:
         prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
         if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction

@@ -1,6 +1,6 @@
 """Edits pictures with a trained adapter, or draws from a base.
 
-    python sample.py                                                        # held-back images of the last run
+    python sample.py                                                        # held-back images of the last run, or a first look
     python sample.py --input photo.jpg --instr "make it winter" --output x.png
     python sample.py --input folder/ --output edited/
     python sample.py --base tiny --prompt "a red house in winter" --output house.png
@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 from frozen.vae import to_images, to_pixels
-from model import UserError, choose_base, load_adapter, load_base, merged, read_json
+from model import ROOT, UserError, choose_base, load_adapter, load_base, merged, read_json
 from routing import integrate, time_grid
 
 
@@ -59,7 +59,7 @@ def working_size(h, w, model, vae, limit):
 
 
 def read_run(folder):
-    """config.json of a run. -> dict with base, instr (None: many), size [h, w] and held, the pictures kept back"""
+    """config.json of a run. -> dict with base, instr (None: many), size [h, w] and held, the pictures kept back (paths from the run)"""
     config, words = read_json(folder / "config.json"), ("path", "instr", "undo")
     size, held = config.get("size"), config.get("held")
     if not (isinstance(config.get("base"), str) and isinstance(config.get("instr", 0), (str, type(None)))
@@ -71,7 +71,7 @@ def read_run(folder):
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", default="out", help="folder that train.py wrote")
+    p.add_argument("--run", help="folder that train.py wrote (default: out; before that is there tiny/editor, which came with the repository)")
     p.add_argument("--input", help="image or folder (default: the run's held-back images)")
     p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or edited/)")
     p.add_argument("--instr", help="the edit (default: the run's own)")
@@ -96,7 +96,10 @@ def main():
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run)
+    run = pathlib.Path(o.run or "out")
+    if not o.run and not run.exists():
+        run = ROOT / "tiny" / "editor"
+        print("note: nothing is trained yet, so this is tiny/editor, which came with the repository", file=sys.stderr)
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
                         '--instr "make it winter"), or name its folder with --run', 2)
@@ -119,7 +122,7 @@ def main():
 
     if not o.input:
         held, target = config["held"], o.output or "edited.png"
-        columns = [[data.load_image(row["path"], config["size"]) for row in held]]
+        columns = [[data.load_image(run / row["path"], config["size"]) for row in held]]
         columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held]))))
         if not o.instr:                                     # how another edit is undone only its caption would say
             columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held]))))

@@ -283,7 +283,7 @@ def main():
         for block in model.transformer_blocks:
             block.compile()
     if RANK == 0:
-        shown = [rows[i] | {"path": str(rows[i]["path"])} for i in held]
+        shown = [rows[i] | {"path": str(rows[i]["path"].resolve())} for i in held]
         made = data.origin() | {"fingerprint": digest.hexdigest()[:16]}         # of all pictures and prompts
         write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
         write(out / "README.md", data.card(o, made))

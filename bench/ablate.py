@@ -1,34 +1,48 @@
-"""What each part of the method does: the paper's Table 4 on the embedded base, and the routings compared.
+"""What each part of the method does: the paper's Table 4 on the embedded base, routings, sweeps, and quality against steps.
 
-    python bench/ablate.py --seeds 3 --steps 160         # some three hours on two cores; goes on where it was stopped
+    python bench/ablate.py ablation --seeds 3 --steps 100         # an hour on two cores; goes on where it was stopped
+    python bench/ablate.py routing --seeds 3 --steps 100          # rows that another table has are not run again
+    python bench/ablate.py sweeps --seeds 1 --steps 100
+    python bench/ablate.py steps --seeds 3
 
-Every row is the README's own run ("make it winter", shortened) with one part taken out, for several training seeds, judged as in
-bench/evaluate.py on the same held-out scenes. The paper's figures are marks out of 10 by a language model (about 60 samples), ours
-are measured; only the directions can be compared. Writes bench/results/ablate.json, .md and .png.
+Every row is the README's own run ("make it winter", shortened, its phases in proportion) with one thing changed, for several training
+seeds, judged as in bench/evaluate.py on the same held-out scenes. The paper's figures are marks out of 10 by a language model (about
+60 samples), ours are measured; only the directions can be compared. Writes bench/results/<table>.md and .png; every run is kept in
+bench/results/runs.json as it ends.
 """
 import argparse
 import json
+import math
 import pathlib
-import re
+import platform
 import subprocess
 import sys
+import time
+import zlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-VARIANTS = {                                            # what is changed, and the paper's success and preservation
-    "full": ([], "8.3 / 7.6"),
-    "without routing (the cycle sees the one-step prediction)": (["--routing", "onestep"], "8.9 / 7.2"),
-    "without cycle": (["--cycle", "0"], "9.0 / 7.2"),
-    "without direction (the anchor alone)": (["--cue", "anchor"], "8.4 / 7.2"),
-    "without bootstrapping (noised source)": (["--no-bootstrap"], "5.5 / 7.1"),
-    "without prior (no teacher cue)": (["--prior", "0"], "0.6 / 9.8"),
-    "without random identity": (["--identity-share", "0"], "8.4 / 7.5"),
-    "routing: detach": (["--routing", "detach"], "-"),
-    "routing: backprop through the rollout": (["--routing", "backprop"], "-"),
-    "the paper's cosine cue": (["--cue", "cosine"], "-"),
+ABLATION = {                                            # what is changed, and the paper's success and preservation
+    "full": ("", "8.3 / 7.6"),
+    "without routing (the cycle sees the one-step prediction)": ("--routing onestep", "8.9 / 7.2"),
+    "without cycle": ("--cycle 0", "9.0 / 7.2"),
+    "without direction (the anchor alone)": ("--cue anchor", "8.4 / 7.2"),
+    "without bootstrapping (noised source)": ("--no-bootstrap", "5.5 / 7.1"),
+    "without prior (no teacher cue)": ("--prior 0", "0.6 / 9.8"),
+    "without random identity": ("--identity-share 0", "8.4 / 7.5"),
+}
+TABLES = {
+    "ablation": ABLATION,
+    "routing": {f"routing: {name}": (flags, "") for name, flags in (
+        ("straight-through", ""), ("one-step", "--routing onestep"), ("detach", "--routing detach"), ("backprop", "--routing backprop"))},
+    "sweeps": {"the recipe": ("", "")} | {f"{name} {value}": (f"--{name} {value}", "") for name, values in (
+        ("n", (4, 6, 12)), ("ema", (.9, .96, .99)), ("guidance", (1, 2, 5)), ("prior", (2, 8)), ("cycle", (1, 4)), ("states", (1, 4)),
+        ("cue", ("cosine",))) for value in values} | {
+        f"cue cosine, alpha {a}": (f"--cue cosine --alpha {a}", "") for a in (0, 1)},
+    "steps": {f"{n} steps": (f"--steps {n}", "") for n in (40, 80, 160, 300)},
 }
 
 
@@ -39,56 +53,87 @@ def call(*args):
     return done.stdout
 
 
-def folder(o, name, seed):
-    return ROOT / "bench" / "work" / f"ablate-{o.steps}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}-{seed}"
+def folder(key):
+    return ROOT / "bench" / "work" / f"run-{zlib.crc32(key.encode()):08x}"
 
 
-def table(done, seeds, command):
-    lines = [f"`{command}`", "", "Mean over training seeds (lowest to highest).", "",
-             "| run | success | preservation | truth | seconds | the paper's success / preservation |", "|---|---|---|---|---|---|"]
-    for name, (_, paper) in VARIANTS.items():
-        runs = [done[k] for k in (f"{name} {s}" for s in range(seeds)) if k in done]
+def run(key, flags, seed, o):
+    """One training and its examination. -> figures"""
+    out = folder(key)
+    resume = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
+    call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--every", 1000, "--seed", seed, "--out", out,
+         *flags.split(), *resume)
+    figures = json.loads(call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes).strip().splitlines()[-1])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {
+        "seconds": round(log[0]["seconds"] + sum(max(0, b["seconds"] - a["seconds"]) for a, b in zip(log, log[1:]))),     # may have been resumed
+        "commit": commit or "unknown", "machine": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}
+
+
+def table(rows, done, o, command):
+    lines = [f"`{command}`", "", f"\"make it winter\", {o.n} held-out scenes; mean over training seeds (lowest to highest); success with the "
+             "standard error of all scenes together.", "",
+             "| run | success | preservation | truth | read wrongly | seconds | seeds |" + " the paper |" * (o.table == "ablation"),
+             "|---|---|---|---|---|---|---|" + "---|" * (o.table == "ablation")]
+    for name, (keys, paper) in rows.items():
+        runs = [done[k] for k in keys if k in done]
         if runs:
-            cell = lambda key, scale, unit: "{:.1f}{u} ({:.1f} to {:.1f})".format(          # noqa: E731
+            cell = lambda key, unit, scale=1: "{:.1f}{u} ({:.1f} to {:.1f})".format(                # noqa: E731
                 *(scale * f([r[key] for r in runs]) for f in (np.mean, min, max)), u=unit)
-            lines.append(f"| {name} | {cell('success', 100, ' %')} | {cell('preservation_db', 1, ' dB')} | {cell('psnr_truth_db', 1, ' dB')} | "
-                         f"{np.mean([r['seconds'] for r in runs]):.0f} | {paper} |")
-    return "\n".join(lines) + "\n"
+            p, wrong = np.mean([r["success"] for r in runs]), {}
+            for r in runs:
+                wrong |= {k: wrong.get(k, 0) + v for k, v in r["wrong"].items()}
+            lines.append(f"| {name} | {cell('success', ' %', 100)} ± {100 * math.sqrt(p * (1 - p) / o.n / len(runs)):.1f} | "
+                         f"{cell('preservation_db', ' dB')} | {cell('psnr_truth_db', ' dB')} | "
+                         f"{', '.join(f'{k} {v}' for k, v in sorted(wrong.items(), key=lambda w: -w[1])) or 'nothing'} | "
+                         f"{np.mean([r['seconds'] for r in runs]):.0f} | {len(runs)} |" + f" {paper} |" * (o.table == "ablation"))
+    made = sorted({f"{r['commit']} on {r['date']}, {r['machine']}" for keys, _ in rows.values() for k in keys if (r := done.get(k))})
+    return "\n".join([*lines, "", "Made by commit " + "; ".join(made) + "."]) + "\n"
+
+
+def picture(names):
+    """Source, edit, edit undone of the first held-back pictures, a block for each row of the table. names: {name: run folder}"""
+    blocks = []
+    for name, out in names.items():
+        strip = Image.open(out / "samples" / "latest.png")
+        strip = strip.resize((strip.width // 2, strip.height // 2), Image.Resampling.NEAREST)
+        block = Image.new("RGB", (strip.width + 8, 16 + strip.height * 2 // 3), "white")
+        block.paste(strip, (0, 16))
+        ImageDraw.Draw(block).text((4, 2), name.split(" (")[0], "black")
+        blocks.append(np.asarray(block))
+    return Image.fromarray(np.concatenate(blocks, 1))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("table", choices=TABLES)
     p.add_argument("--seeds", type=int, default=3, help="training seeds")
-    p.add_argument("--steps", type=int, default=160, help="optimizer steps of every run")
+    p.add_argument("--steps", type=int, default=100, help="optimizer steps of every run")
     p.add_argument("--n", type=int, default=100, help="held-out scenes")
     p.add_argument("--scenes", type=int, default=909, help="seed of the scenes")
     o = p.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    command, file = f"python bench/ablate.py --seeds {o.seeds} --steps {o.steps} --n {o.n} --scenes {o.scenes}", RESULTS / "ablate.json"
-    old = json.loads(file.read_text()) if file.exists() else {}
-    done = old["runs"] if old.get("command") == command else {}
+    file, rows, todo = RESULTS / "runs.json", {}, []
+    done = json.loads(file.read_text()) if file.exists() else {}
     for seed in range(o.seeds):
-        for name, (flags, _) in VARIANTS.items():
-            key, run = f"{name} {seed}", folder(o, name, seed)
-            if key in done:
-                continue
-            resume = ["--resume"] if (run / "checkpoint.safetensors").exists() else []
-            call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--steps", o.steps, "--every", o.steps,
-                 "--seed", seed, "--out", run, *flags, *resume)
-            figures = json.loads(call("bench/evaluate.py", "--run", run, "--n", o.n, "--seed", o.scenes).strip().splitlines()[-1])
-            log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            done[key] = {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {
-                "seconds": round(log[0]["seconds"] + sum(max(0, b["seconds"] - a["seconds"]) for a, b in zip(log, log[1:])))}
-            file.write_text(json.dumps({"command": command, "runs": done}, indent=1) + "\n")
-            (RESULTS / "ablate.md").write_text(table(done, o.seeds, command))
-            print(f"{key}: {done[key]}", flush=True)
-    strips = [Image.open(f) for name in VARIANTS if (f := folder(o, name, 0) / "samples" / "latest.png").exists()]
-    if strips:                                          # source, edit, edit undone of the held-back images, a block for each row of the table
-        page = Image.new("RGB", (sum(s.width + 8 for s in strips), strips[0].height), "white")
-        for i, s in enumerate(strips):
-            page.paste(s, (i * (s.width + 8), 0))
-        page.save(RESULTS / "ablate.png")
-    print(json.dumps({k: v["success"] for k, v in done.items()}))
+        for name, (flags, paper) in TABLES[o.table].items():
+            steps = int(flags.split()[1]) if flags.startswith("--steps") else o.steps
+            flags = f"--steps {steps} --identity-first {steps // 6} --warmup {steps // 15} " + flags.removeprefix(f"--steps {steps}")
+            key = f"{flags.strip()} --seed {seed} / {o.n} scenes of seed {o.scenes}"
+            rows.setdefault(name, ([], paper))[0].append(key)
+            todo.append((name, key, flags, seed))
+    for name, key, flags, seed in todo:
+        if key not in done:
+            done[key] = run(key, flags, seed, o)
+            file.write_text(json.dumps(done, indent=1) + "\n")
+            print(f"{name}, seed {seed}: {done[key]}", flush=True)
+        command = f"python bench/ablate.py {o.table} --seeds {o.seeds} --steps {o.steps} --n {o.n} --scenes {o.scenes}"
+        (RESULTS / f"{o.table}.md").write_text(table(rows, done, o, command))
+    blocks = {name: folder(keys[0]) for name, (keys, _) in rows.items()}
+    if all((out / "samples" / "latest.png").exists() for out in blocks.values()):       # those of runs made elsewhere are not here
+        picture(blocks).save(RESULTS / f"{o.table}.png")
+    print(json.dumps({name: [done[k]["success"] for k in keys] for name, (keys, _) in rows.items()}))
 
 
 if __name__ == "__main__":

@@ -183,30 +183,22 @@ def test_following_the_delta_cue_from_noise_ends_at_the_true_edit():
 
 
 def test_delta_cue_does_not_trust_a_base_that_cannot_see_the_source():
-    """The asked change shrinks where the base's error on the source is large, and is none at t = 1."""
+    """The asked change shrinks where the base's error on the source is large."""
     x, eps, d = torch.randn(3, 2, 4, 8, 8)
     t, left = torch.tensor([.5, 1.]), torch.zeros(1, 1, 8, 8)
     left[..., :3] = 1
     blind = eps - x + 100 * left                                                # on the left the base is far off, elsewhere exact
     x_t = torch.lerp(x, eps, t[:, None, None, None])
     asked = delta_change(blind, blind + d, x, x_t, x_t, t)
-    assert asked[1].abs().max() == 0
-    assert asked[0, :, :, 0].abs().max() < .01 * d[0].abs().max()
-    torch.testing.assert_close(asked[0, :, :, 5:], d[0, :, :, 5:], rtol=1e-3, atol=1e-4)
+    assert asked[..., 0].abs().max() < .01 * d.abs().max()
+    torch.testing.assert_close(asked[..., 5:], d[..., 5:], rtol=1e-3, atol=1e-4)
 
 
 def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():
     v_x, change = torch.randn(2, 3, 4, 8, 8)
-    loss, cos = delta_cue(v_x + change, v_x, change, torch.tensor([.3, .6, 1.]))
+    loss, cos = delta_cue(v_x + change, v_x, change)
     assert loss == 0 and cos > .999
-    assert delta_cue(v_x, v_x, change, torch.tensor([.3, .6, 1.]))[0] > .5
-
-
-def test_a_batch_that_is_all_noise_asks_the_teacher_nothing(world):
-    model, adapter, x, eps, prompts, _, ts = world
-    loss, figures = run((model, adapter, x, eps, prompts, torch.zeros(B, dtype=torch.long), ts))
-    assert torch.isfinite(loss) and figures["cos"] == 0
-    loss.backward()
+    assert delta_cue(v_x, v_x, change)[0] > .5
 
 
 def test_guidance_fades_with_noise():

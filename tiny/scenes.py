@@ -158,11 +158,11 @@ def _draw(scene, season, time, house, tau):
     return np.asarray(img.reduce(SCALE), np.float32) / 255
 
 
-def _pattern(scene, weather, tau):
+def _pattern(phase, weather, tau):
     """Where rain or snow covers the picture: a lattice that begins at `phase` and falls with time. -> (64, 64, 1)"""
     img = Image.new("L", (SIZE * SCALE, SIZE * SCALE))
     draw = ImageDraw.Draw(img)
-    px, py = scene.phase
+    px, py = phase
     fall = 32 * tau if weather == "snowfall" else 96 * tau
     for row, col in itertools.product(range(-1, 6), range(-1, 6)):
         x = (col * 16 + (row % 2) * 8 + px) * SCALE
@@ -208,10 +208,10 @@ def _style(rgb, style):
     return fill + .85 * lines * (np.float32((.90, .96, 1.)) - fill)     # blueprint
 
 
-def render(scene, tau=0.):
-    """Draws a Scene at time tau (one second is 1.0). -> (64, 64, 3) uint8"""
+def render(scene, tau=0., falls=None):
+    """Draws a Scene at time tau (one second is 1.0). falls: phase of rain or snow, if not the scene's own. -> (64, 64, 3) uint8"""
     rgb = _draw(scene, scene.season, scene.time, scene.house, tau)
-    pattern = _pattern(scene, scene.weather, tau) if scene.weather in ("rain", "snowfall") else 0.
+    pattern = _pattern(falls or scene.phase, scene.weather, tau) if scene.weather in ("rain", "snowfall") else 0.
     return _bytes(_style(_weather(rgb, pattern, scene.weather, scene.time), scene.style))
 
 
@@ -219,11 +219,11 @@ def _bytes(rgb):
     return (np.clip(rgb, 0, 1) * 255 + .5).astype(np.uint8)
 
 
-def judge(scene, images, tau=0.):
+def judge(scene, images, tau=0., falls=None):
     """Reads the attributes of pictures that share a Scene's geometry: the nearest (least squared error) of all
     960 combinations drawn for it. images: (n, 64, 64, 3) uint8 -> list of n dicts."""
     names, drawn = [], []
-    falls = {w: _pattern(scene, w, tau) for w in ("rain", "snowfall")} | {"clear": 0., "fog": 0.}
+    patterns = {w: _pattern(falls or scene.phase, w, tau) for w in ("rain", "snowfall")} | {"clear": 0., "fog": 0.}
     for time, weather, style in itertools.product(*(ATTRIBUTES[k] for k in ("time", "weather", "style"))):
         names.append([(s, time, weather, h, style) for s in ATTRIBUTES["season"] for h in ATTRIBUTES["house"]])
     plain = {t: np.stack([_draw(scene, s, t, h, tau) for s in ATTRIBUTES["season"] for h in ATTRIBUTES["house"]])
@@ -231,7 +231,7 @@ def judge(scene, images, tau=0.):
     images = np.asarray(images, np.float32).reshape(len(images), -1) / 255
     for group in names:
         _, time, weather, _, style = group[0]
-        drawn.append(_style(_weather(plain[time], falls[weather], weather, time), style).reshape(len(group), -1))
+        drawn.append(_style(_weather(plain[time], patterns[weather], weather, time), style).reshape(len(group), -1))
     names, drawn = sum(names, []), np.clip(np.concatenate(drawn), 0, 1)
     error = (drawn ** 2).sum(1) - 2 * images @ drawn.T                              # |image|^2 is the same for all
     return [dict(zip(ATTRIBUTES, names[i])) for i in error.argmin(1)]

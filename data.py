@@ -1,10 +1,11 @@
-"""A folder of unpaired pictures -> (pixels, src, tgt, instr, undo) for each.
+"""A folder of unpaired pictures or clips -> (pixels, src, tgt, instr, undo) for each.
 
 Captions come from metadata.jsonl (file_name, text) or, where that has none, from a .txt of the same stem. Prompts, from
 most to least specific: a line of tuples.jsonl (file_name, src, tgt, instr, undo); the command line; a small grammar.
 And the other way: files that are written whole or not at all, a run's card and page.
 """
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -22,9 +24,11 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from model import ROOT, UserError, read_json
+from model import ROOT, UserError, read_json, why
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+VIDEOS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}        # suffix: what FFmpeg calls it
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)     # Pillow's complaints
 
 # Families of words that exclude each other. member: (how captions say it, first one preferred; how instructions say it)
 FAMILIES = [
@@ -96,15 +100,36 @@ def read_jsonl(path, fields):
     return rows
 
 
-def find_images(folder):
-    """The image files of a folder and below, sorted, as paths relative to it."""
+def animated(path):
+    """Whether a picture file holds several frames."""
+    if path.suffix.lower() not in (".gif", ".webp", ".png"):
+        return False
+    try:
+        with Image.open(path) as img:
+            return getattr(img, "n_frames", 1) > 1
+    except BROKEN:
+        return False
+
+
+def find(folder, frames=None):
+    """The pictures, or the clips, of a folder and below, sorted, relative to it. -> paths, whether they are clips
+
+    Clips are videos, animated pictures and, where frames says that clips are wanted, folders of numbered pictures. With frames = 1 all
+    are pictures. Raises UserError where there are none, or both."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; --data wants a folder of images", 2)
-    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        raise UserError(f"{folder} is not a folder; --data wants a folder of images or clips", 2)
+    paths = {p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES | VIDEOS.keys() and p.is_file()}
+    clips = {p for p in paths if p.suffix.lower() in VIDEOS or frames != 1 and animated(folder / p)}
+    if (frames or 1) > 1:
+        numbered = {p for p in paths - clips if p.stem.isdigit() and p.parent.name}
+        paths, clips = paths - numbered | {p.parent for p in numbered}, clips | {p.parent for p in numbered}
     if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return paths
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(SUFFIXES))}) and no clips ({', '.join(sorted(VIDEOS))})")
+    if clips and clips != paths:
+        raise UserError(f"{folder} mixes clips ({min(clips)}) and pictures ({min(paths - clips)}); keep them in folders of their own, "
+                        "or give --frames 1 to take animated pictures for still ones")
+    return sorted(paths), bool(clips)
 
 
 def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None):
@@ -152,42 +177,96 @@ def crop(picture, size, zoom=1., at=(.5, .5), mirrored=False):
     return np.asarray(ImageOps.mirror(img) if mirrored else img)
 
 
+def upright(img):
+    """A PIL image as it is to be seen: EXIF's turn done, transparent on white, 16 bit and float greyscale scaled. -> (h, w, 3) uint8"""
+    img = ImageOps.exif_transpose(img)
+    if img.mode.startswith(("I", "F")):
+        a = np.asarray(img, np.float32)
+        top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
+        img = Image.fromarray((a / top * 255).clip(0, 255).astype(np.uint8))
+    if img.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in img.info:
+        img = img.convert("RGBA")
+    if img.mode == "RGBA":
+        img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
+    return np.asarray(img.convert("RGB"))
+
+
 def load_image(path, size=None):
-    """One picture, upright, RGB on white; with size (h, w) the largest centred `crop`.
-    -> (h, w, 3) uint8. Raises UserError where the file cannot be read as an image."""
+    """One picture; with size (h, w) the largest centred `crop`. -> (h, w, 3) uint8. Raises UserError where it cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            img = ImageOps.exif_transpose(Image.open(path))
-            if img.mode.startswith(("I", "F")):                                     # 16 bit and float greyscale
-                a = np.asarray(img, np.float32)
-                top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
-                img = Image.fromarray((a / top * 255).clip(0, 255).astype(np.uint8))
-            if img.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in img.info:
-                img = img.convert("RGBA")
-            if img.mode == "RGBA":
-                img = Image.alpha_composite(Image.new("RGBA", img.size, "white"), img)
-            img = img.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            picture = upright(Image.open(path))
+    except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})")
-    return np.asarray(img) if size is None else crop(np.asarray(img), size)
+    return picture if size is None else crop(picture, size)
 
 
-def load_rows(rows, size, views=1, seed=0):
+def with_av(path):
+    """PyAV, which only videos need."""
+    try:
+        import av
+        return av
+    except ImportError:
+        raise UserError(f"{path}: videos need PyAV: pip install av; or use an animated WebP or GIF, or a folder of numbered pictures")
+
+
+def read_frames(path):
+    """Yields a clip's frames, one at a time, as (picture (h, w, 3) uint8, seconds from the beginning). Numbered pictures: eight a second.
+    Raises UserError where it cannot be read, also after some frames."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        for i, p in enumerate(sorted((p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.stem.isdigit()), key=lambda p: int(p.stem))):
+            yield load_image(p), i / 8
+    elif path.suffix.lower() in VIDEOS:
+        av, first = with_av(path), None
+        try:
+            with av.open(str(path)) as file:
+                for frame in file.decode(video=0):
+                    first = frame.time if first is None else first
+                    yield np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90), frame.time - first
+        except (av.error.FFmpegError, IndexError, TypeError, OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read as a video ({why(error)})")
+        if first is None:
+            raise UserError(f"{path}: cannot be read as a video (it has no frames)")
+    else:
+        try:
+            with Image.open(path) as img:
+                now = 0
+                for i in range(getattr(img, "n_frames", 1)):
+                    img.seek(i)
+                    img.load()                              # a WebP tells the duration only now
+                    yield upright(img), now / 1000
+                    now += img.info.get("duration") or 100
+        except BROKEN as error:
+            raise UserError(f"{path}: cannot be read as an animated picture ({why(error)})")
+
+
+LONGEST = 600                                               # frames of a clip that training takes
+
+
+def load_rows(rows, size, views=1, seed=0, frames=1, stride=1):
     """Yields every row's picture as (views, h, w, 3) uint8, and the row; the unreadable are left out with a warning. The first view is
-    the picture, the others are random crops of .8 to 1 of it, half of them mirrored. One at a time: a large folder needs no memory."""
+    the picture, the others are random crops of .8 to 1 of it, half of them mirrored. One at a time: a large folder needs no memory.
+    frames above 1: clips, (T, h, w, 3), every stride-th frame; those with less than `frames` of these are left out."""
     good, rng = 0, np.random.default_rng(seed)
     for row in rows:
         others = [dict(zoom=rng.uniform(.8, 1), at=rng.uniform(0, 1, 2), mirrored=rng.random() < .5) for _ in range(views - 1)]
         try:
-            picture = load_image(row["path"])
+            if frames == 1:
+                picture = load_image(row["path"])
+                pictures = [crop(picture, size, **view) for view in [{}, *others]]
+            else:
+                pictures = [crop(f, size) for f, _ in itertools.islice(read_frames(row["path"]), 0, LONGEST * stride, stride)]
+                if len(pictures) < frames:
+                    raise UserError(f"{row['path']}: has {len(pictures)} frames at --stride {stride}, fewer than --frames {frames}")
         except UserError as error:
             print(f"warning: skipped {error}", file=sys.stderr)
             continue
         good += 1
-        yield np.stack([crop(picture, size, **view) for view in [{}, *others]]), row
+        yield np.stack(pictures), row
     if not good:
-        raise UserError("none of the images could be read")
+        raise UserError(f"none of the {'images' if frames == 1 else 'clips'} could be read")
 
 
 @contextlib.contextmanager
@@ -224,6 +303,48 @@ def write_image(path, picture):
         raise UserError(f"{path}: no picture can be written under this name; end it in .png, .jpg or .webp", 2)
     with replacing(path) as tmp:
         (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(tmp, kind)
+
+
+def write_clip(path, frames, like=None):
+    """frames: an iterable of (picture (h, w, 3) uint8, seconds), of at least one, as read_frames yields them. The suffix says the format,
+    none is a folder of numbered pictures. A video is written frame by frame, with the rate and the sound of the video `like`."""
+    path = pathlib.Path(path)
+    if not path.suffix:
+        for i, (picture, _) in enumerate(frames):
+            write_image(path / f"{i:05d}.png", picture)
+    elif path.suffix.lower() in VIDEOS:
+        av = with_av(path)
+        with replacing(path) as tmp, contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(av.open(str(tmp), "w", format=VIDEOS[path.suffix.lower()]))
+                source = stack.enter_context(av.open(str(like))) if like and pathlib.Path(like).suffix.lower() in VIDEOS else None
+                base = source.streams.video[0].time_base if source else Fraction(1, 1000)
+                rate = source.streams.video[0].average_rate if source else 8
+                stream = file.add_stream("libvpx-vp9" if path.suffix.lower() == ".webm" else "libx264", rate=rate)
+                sound = source.streams.audio[0] if source and source.streams.audio else None
+                copy = file.add_stream_from_template(sound) if sound else None
+                for i, (picture, seconds) in enumerate(frames):
+                    if i == 0:
+                        (stream.height, stream.width), stream.codec_context.time_base = picture.shape[:2], base
+                        stream.pix_fmt = "yuv444p" if stream.height % 2 or stream.width % 2 else "yuv420p"     # 420 has even sizes only
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
+                    frame.pts, frame.time_base = round(seconds / base), base
+                    file.mux(stream.encode(frame))
+                file.mux(stream.encode())
+                for packet in source.demux(sound) if sound else ():
+                    if packet.dts is not None:
+                        packet.stream = copy
+                        file.mux(packet)
+            except (av.error.FFmpegError, IndexError, ValueError) as error:
+                raise OSError(why(error))                   # `replacing` cleans up and says it
+    else:
+        pictures, times = zip(*((Image.fromarray(p), s) for p, s in frames))
+        if (kind := Image.registered_extensions().get(path.suffix.lower())) not in ("WEBP", "GIF", "PNG"):
+            raise UserError(f"{path}: no clip can be written under this name; end it in .mp4, .mov, .mkv, .webm, .webp, .gif or .png", 2)
+        lasts = [round(1000 * (b - a)) for a, b in zip(times, times[1:])] or [125]
+        with replacing(path) as tmp:
+            pictures[0].save(tmp, kind, save_all=True, append_images=pictures[1:], duration=[*lasts, lasts[-1]], loop=0,
+                             **{"quality": 90, "method": 4} if kind == "WEBP" else {})
 
 
 # ---- what a run leaves to read ------------------------------------------------------------------------------------

@@ -60,9 +60,9 @@ def teacher(model, queries, null):
     return v[:len(queries)]
 
 
-def identity_loss(model, adapter, x, x_t, t, v, undo):
+def identity_loss(model, adapter, x, x_t, t, v, undo, frames=1):
     """The source already satisfies the reverse instruction, so nothing may change."""
-    return F.mse_loss(model(x_t, t, undo, x, adapter).float(), v)
+    return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
 
 
 def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
@@ -70,8 +70,8 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
 
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
     pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for
-    each sample; average: the averaged adapter of the bootstrap; o: options states, routing, bootstrap, cue, alpha, guidance, cycle,
-    prior, reverse. -> loss, dict of figures
+    each sample; average: the averaged adapter of the bootstrap; o: options frames (samples that are one clip), states, routing, bootstrap,
+    cue, alpha, guidance, cycle, prior, reverse. -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
@@ -80,7 +80,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     first = slice(len(x) // o.states)                       # the trajectories; the rest of the batch are more states of the same
 
     def own_rollout(a):
-        return rollout(lambda y, t: model(y, t, tuple(p[first] for p in instr), x[first], a), eps[first], ts, k.to(x.device))
+        return rollout(lambda y, t: model(y, t, tuple(p[first] for p in instr), x[first], a, o.frames), eps[first], ts, k.to(x.device))
 
     if o.bootstrap:
         with torch.no_grad():
@@ -96,7 +96,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
         at_y, at_x = (y_t, t), (x_t, t)
         v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(o.reverse)] for p in (src, tgt)], prompts["null"])
 
-    v_fwd = model(y_t, t, instr, x, adapter).float()        # forward edit
+    v_fwd = model(y_t, t, instr, x, adapter, o.frames).float()        # forward edit
     y_hat = y_t - s * v_fwd
     if not o.bootstrap:
         y_0 = y_hat
@@ -109,7 +109,7 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
     if o.routing == "backprop":
         y_0 = own_rollout(adapter)[1]
 
-    v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter).float()      # and back (Eq. 3)
+    v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter, o.frames).float()     # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)
     loss = o.cycle * cycle + o.prior * prior                        # Eq. 5
     figures = {"cycle": cycle.detach(), "prior": prior.detach(), "cos": cos}

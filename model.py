@@ -5,6 +5,8 @@
 - The adapter is a plain dict of tensors: LoRA on every attention and MLP projection, plus a second, zero-initialised
   patch projection through which the clean source latent is added to the noisy one. At step 0 editor and base agree.
 - Key names and numbers are diffusers' (SD3Transformer2DModel); SD3, SD3.5-medium and -large differ by config only.
+- A clip is its frames, one after another in the batch: every layer of the base sees a frame alone. Between the frames of one place
+  goes temporal attention, after each block; it too belongs to the adapter, and begins with a zero output.
 - The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical and stay identical through all
   layers, so one token stands for them, with log 256 added to its attention logit: the same numbers, 255 tokens fewer.
 """
@@ -111,7 +113,7 @@ class Block(nn.Module):
         if not last:
             self.ff_context = FeedForward(d)
 
-    def forward(self, x, context, temb, bias, adapter):
+    def forward(self, x, context, temb, bias, adapter, frames):
         """x (B, N, D) image tokens, context (B, L, D) text tokens -> both, changed; context is None after the last."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(temb)
         if self.last:
@@ -125,11 +127,24 @@ class Block(nn.Module):
             x = x + gate[:, None] * h + gate2[:, None] * h2
         else:
             x = x + gate[:, None] * h
-        x = x + gate_ff[:, None] * self.ff(modulate(x, shift_ff, scale_ff), adapter)
+        x = temporal(x + gate_ff[:, None] * self.ff(modulate(x, shift_ff, scale_ff), adapter), frames, adapter)
         if self.last:
             return x, None
         context = context + c_gate[:, None] * text
         return x, context + c_gate_ff[:, None] * self.ff_context(modulate(context, c_shift_ff, c_scale_ff), adapter)
+
+
+def temporal(x, frames, adapter):
+    """Attention over the frames of one place, for what they differ in: sum_j a_ij (v_j - v_i). So a still clip, and one of a single
+    frame, is what it was, exactly. x (B F, N, D); the frames' places in time enter as sines and cosines. -> x, changed"""
+    if frames == 1 or "temporal.qkv.weight" not in adapter:
+        return x
+    h = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(0, (-1, frames)).transpose(1, 2)                      # (B, N, F, D)
+    place = torch.arange(frames, device=x.device)[:, None] * 1e3 ** (-torch.arange(x.shape[-1] // 2, device=x.device) / (x.shape[-1] // 2))
+    qkv = F.linear(h + torch.cat([place.sin(), place.cos()], -1).to(h.dtype), adapter["temporal.qkv.weight"])
+    q, k, v = qkv.unflatten(-1, (3, -1, 32)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)                            # 3 x (B N, heads, F, 32)
+    h = (F.scaled_dot_product_attention(q, k, v) - v).transpose(1, 2).flatten(2)                                # (B N, F, W)
+    return x + F.linear(h, adapter["temporal.out.weight"]).unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
 
 
 class MMDiT(nn.Module):
@@ -164,11 +179,12 @@ class MMDiT(nn.Module):
         table = self.pos_embed.pos_embed.unflatten(1, (self.grid, self.grid))
         return table[:, top:top + h, left:left + w].flatten(1, 2)
 
-    def forward(self, x_t, t, prompt, source=None, adapter=None):
+    def forward(self, x_t, t, prompt, source=None, adapter=None, frames=1):
         """The velocity v, which points from data to noise (eps - x).
 
         x_t (B, C, H, W) noisy latent; t (B,) in [0, 1], 0 clean, 1 noise; prompt: context (B, L, D_text) and pooled
-        (B, P) from frozen/text.py; source (B, C, H, W) clean latent and adapter (dict), for the editor only.
+        (B, P) from frozen/text.py; source (B, C, H, W) clean latent and adapter (dict), for the editor only; frames F: every F
+        samples are one clip.
         """
         p, (h, w) = self.patch, (x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch)
         context, pooled = prompt
@@ -185,7 +201,7 @@ class MMDiT(nn.Module):
         bias = torch.zeros(1, 1, 1, x.shape[1] + context.shape[1], device=x.device)
         bias[..., -1] = math.log(T5_ZEROS)
         for block, part in zip(self.transformer_blocks, per_block(adapter, len(self.transformer_blocks))):
-            args = (x, context, temb, bias, part)
+            args = (x, context, temb, bias, part, frames)
             keep = self.checkpointing and torch.is_grad_enabled()
             # non-reentrant: the reentrant kind drops the adapter's gradient where the inputs need none
             x, context = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
@@ -203,8 +219,9 @@ def sincos(d, size, base=1e4):
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------
-def new_adapter(model, rank):
-    """LoRA pairs (A random, B zero, so alpha = rank and no scale) and the zero source projection, in float32."""
+def new_adapter(model, rank, video=False):
+    """LoRA pairs (A random, B zero, so alpha = rank and no scale), the zero source projection and, for video, temporal attention of a
+    third of the width, in heads of 32, with a zero output; in float32."""
     adapter, device = {}, model.proj_out.weight.device
     for name, module in model.named_modules():
         # the last block's text queries cannot reach the picture: its text output is thrown away
@@ -213,6 +230,10 @@ def new_adapter(model, rank):
             adapter[name + ".lora_A.weight"] = torch.randn(r, module.in_features, device=device) / module.in_features ** .5
             adapter[name + ".lora_B.weight"] = torch.zeros(module.out_features, r, device=device)
     adapter["source_proj.weight"] = torch.zeros_like(model.pos_embed.proj.weight, dtype=torch.float32)
+    for i in range(len(model.transformer_blocks) if video else 0):
+        d, w = model.width, max(32, model.width // 96 * 32)
+        adapter[f"transformer_blocks.{i}.temporal.qkv.weight"] = torch.randn(3 * w, d, device=device) / d ** .5
+        adapter[f"transformer_blocks.{i}.temporal.out.weight"] = torch.zeros(d, w, device=device)
     return {k: v.requires_grad_() for k, v in adapter.items()}
 
 
@@ -239,7 +260,7 @@ def merged(model, adapter):
     weight = model.proj_out.weight
     if model.width > 512 or weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type):
         return adapter
-    out = {"source_proj.weight": adapter["source_proj.weight"]}
+    out = {k: v for k, v in adapter.items() if "lora_" not in k}
     for name, module in model.named_modules():
         if (down := adapter.get(name + ".lora_A.weight")) is not None:
             out[name + ".weight"] = torch.addmm(module.weight, adapter[name + ".lora_B.weight"], down)
@@ -248,15 +269,17 @@ def merged(model, adapter):
 
 def key_in_file(name):
     """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
-    "lora" and reads those that begin with "transformer.", so the source projection, unknown to it, is named to be passed over."""
-    return "source_proj.beside_lora.weight" if name == "source_proj.weight" else "transformer." + name
+    "lora" and reads those that begin with "transformer.", so what it does not know, source projection and temporal attention, is named to
+    be passed over."""
+    return "transformer." + name if "lora_" in name else name.replace(".weight", ".beside_lora.weight")
 
 
 def load_adapter(path, model):
     """An adapter file, checked against the base it is to sit on. -> (adapter, metadata)"""
     tensors, meta = read_tensors(path)
     ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
-    want = {key_in_file(k): (k, v) for k, v in new_adapter(model, max(ranks, default=1)).items()}
+    want = new_adapter(model, max(ranks, default=1), any(".temporal." in k for k in tensors))
+    want = {key_in_file(k): (k, v) for k, v in want.items()}
     for k in want.keys() | tensors.keys():
         if k not in want or k not in tensors or want[k][1].shape != tensors[k].shape:
             raise UserError(f"{path}: does not fit this base at '{k}'; it was trained on another (--base), or by an older nanoByG")

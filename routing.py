@@ -13,6 +13,13 @@ def time_grid(n, shift=1.):
     return shift * t / (1 + (shift - 1) * t)
 
 
+def noise(n, frames, shape, shared, generator):
+    """Noise for n clips, of which the frames have the part `shared` of the variance in common. -> (n, frames, *shape)"""
+    common = torch.randn((n, 1, *shape), generator=generator) if frames > 1 else 0.
+    eps = torch.randn((n, frames, *shape), generator=generator)
+    return eps if frames == 1 else shared ** .5 * common + (1 - shared) ** .5 * eps
+
+
 def integrate(velocity, eps, ts):
     """Euler from noise to data: y <- y - dt v. velocity(y (B, C, H, W), t (B,)) -> v; yields the state at every node of ts
     but the first, the last of them clean."""

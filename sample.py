@@ -1,11 +1,13 @@
-"""Edits pictures with a trained adapter, or draws from a base.
+"""Edits pictures and clips with a trained adapter, or draws from a base.
 
     python sample.py                                                        # held-back images of the last run, or a first look
     python sample.py --input photo.jpg --instr "make it winter" --output x.png
     python sample.py --input folder/ --output edited/
+    python sample.py --input clip.mp4 --output edited.mp4                   # or .webp, .gif, a folder of numbered frames
     python sample.py --base tiny --prompt "a red house in winter" --output house.png
 """
 import argparse
+import itertools
 import math
 import pathlib
 import sys
@@ -17,13 +19,14 @@ from PIL import Image
 import data
 from frozen.vae import to_images, to_pixels
 from model import ROOT, UserError, choose_base, load_adapter, load_base, merged, read_json
-from routing import integrate, time_grid
+from routing import integrate, noise, time_grid
 
 
-def edit(model, adapter, x, prompt, eps, ts):
-    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source -> (B, C, H, W)"""
+def edit(model, adapter, x, prompt, eps, ts, frames=1):
+    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip
+    -> (B, C, H, W)"""
     adapter = merged(model, adapter)
-    *_, y = integrate(lambda y, t: model(y, t, prompt, x, adapter), eps, ts)
+    *_, y = integrate(lambda y, t: model(y, t, prompt, x, adapter, frames), eps, ts)
     return y
 
 
@@ -58,11 +61,29 @@ def working_size(h, w, model, vae, limit):
     return tuple(min(max(unit, round(s * scale / unit) * unit), model.grid * unit) for s in (h, w))
 
 
+def windows(frames, length, change):
+    """Edits a clip of any length in the memory of one window: change(list of at most `length` pictures) -> list of (h, w, 3) float.
+    Windows overlap by a quarter, where one is blended into the next. frames: (picture, seconds) ... -> (edited picture, seconds) ..."""
+    held, tail = [], []                                     # the tail: edits of the first frames in held, by the window before
+    for frame in itertools.chain(frames, [None]):
+        held += [frame] * (frame is not None)
+        if len(held) == length or frame is None and held:
+            y = change([picture for picture, _ in held]) if len(held) > len(tail) else tail
+            for i, old in enumerate(tail):
+                y[i] = old + (y[i] - old) * (i + 1) / (len(tail) + 1)
+            done = len(held) - (length // 4 if frame is not None else 0)
+            for picture, (_, seconds) in zip(y[:done], held):
+                yield (picture + .5).astype(np.uint8), seconds
+            held, tail = held[done:], y[done:]
+
+
 def read_run(folder):
-    """config.json of a run. -> dict with base, instr (None: many), size [h, w] and held, the pictures kept back (paths from the run)"""
+    """config.json of a run. -> dict with base, instr (None: many), frames and stride of clips, size [h, w] and held, what was kept back"""
     config, words = read_json(folder / "config.json"), ("path", "instr", "undo")
     size, held = config.get("size"), config.get("held")
-    if not (isinstance(config.get("base"), str) and isinstance(config.get("instr", 0), (str, type(None)))
+    config = {"frames": 1, "stride": 1, "shared_noise": 0.} | config
+    if not (all(isinstance(config[k], int) and 0 < config[k] < 1000 for k in ("frames", "stride"))
+            and isinstance(config["shared_noise"], float) and 0 <= config["shared_noise"] <= 1 and isinstance(config.get("base"), str) and isinstance(config.get("instr", 0), (str, type(None)))
             and isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
             and isinstance(held, list) and held and all(isinstance(h, dict) and all(isinstance(h.get(w), str) for w in words) for h in held)):
         raise UserError(f"{folder / 'config.json'}: is not as train.py writes it (damaged, or of an older nanoByG); train again")
@@ -72,8 +93,9 @@ def read_run(folder):
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--run", help="folder that train.py wrote (default: out; before that is there tiny/editor, which came with the repository)")
-    p.add_argument("--input", help="image or folder (default: the run's held-back images)")
-    p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or edited/)")
+    p.add_argument("--input", help="image, clip or folder of them (default: what the run held back)")
+    p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or as the input)")
+    p.add_argument("--frames", type=int, help="of a clip that are edited together (default: as in training)")
     p.add_argument("--instr", help="the edit (default: the run's own)")
     p.add_argument("--prompt", help="draw this with the base alone, no editing")
     p.add_argument("--base", help="base to use (default: the run's own)")
@@ -88,10 +110,10 @@ def main():
     o = options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    noise, autocast = torch.Generator().manual_seed(o.seed), torch.autocast(device.type, dtype, enabled=device.type == "cuda")
+    generator, autocast = torch.Generator().manual_seed(o.seed), torch.autocast(device.type, dtype, enabled=device.type == "cuda")
     if o.prompt is not None:
         model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
-        eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=noise).to(device)
+        eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=generator).to(device)
         with autocast:
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
@@ -114,40 +136,72 @@ def main():
     if o.input and model.width < 512:
         print("note: the embedded base knows only its own world of little houses; expect nothing true of photographs", file=sys.stderr)
 
-    def run_edit(images, instructions):
+    def run_edit(images, instructions, frames=1):
+        """images: those of a clip one after another, `frames` for each instruction"""
         x = vae.encode(to_pixels(np.stack(images)).to(device))
-        eps = torch.randn(x.shape, generator=noise).to(device)
+        eps = noise(len(instructions), frames, x.shape[1:], config["shared_noise"], generator).flatten(0, 1).to(device)
+        prompt = tuple(a.repeat_interleave(frames, 0) for a in text(instructions))
         with autocast:
-            return edit(model, adapter, x, text(instructions), eps, time_grid(o.steps, shift))
+            return edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift), frames)
 
+    length = o.frames or config["frames"]
     if not o.input:
-        held, target = config["held"], o.output or "edited.png"
-        columns = [[data.load_image(run / row["path"], config["size"]) for row in held]]
-        columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held]))))
+        held, target = config["held"], o.output or ("edited.png" if config["frames"] == 1 else "edited.webp")
+        if config["frames"] == 1:
+            columns = [[data.load_image(run / row["path"], config["size"]) for row in held]]
+        else:
+            clips = data.load_rows([{"path": run / row["path"]} for row in held], config["size"], frames=length, stride=config["stride"])
+            columns = [[picture for clip, _ in clips for picture in clip[:length]]]
+        columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held], length))))
         if not o.instr:                                     # how another edit is undone only its caption would say
-            columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held]))))
-        data.write_image(target, contact_sheet(columns))
+            columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held], length))))
+        sheets = [contact_sheet([column[i::length] for column in columns]) for i in range(length)]
+        if length == 1:
+            data.write_image(target, sheets[0])
+        else:
+            data.write_clip(target, [(np.asarray(sheet), i / 8) for i, sheet in enumerate(sheets)])
         asked = '", "'.join(dict.fromkeys(o.instr or row["instr"] for row in held))
         return print(f'"{asked}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if not o.instr else ""})')
-    source, many = pathlib.Path(o.input), pathlib.Path(o.input).is_dir()
-    paths = [source / p for p in data.find_images(source)] if many else [source]
-    target, done = pathlib.Path(o.output or ("edited" if many else "edited.png")), 0
+
+    def edit_clip(path, where):
+        """Window by window; the noise that frames share is the same in all. Writes a sheet of the first window beside the clip."""
+        pairs = []
+
+        def change(pictures):
+            h, w = working_size(*pictures[0].shape[:2], model, vae, math.prod(config["size"]) ** .5)
+            generator.manual_seed(o.seed)
+            y = to_images(vae.decode(run_edit([data.crop(p, (h, w)) for p in pictures], [instr], len(pictures))))
+            pairs.append((pictures, y)) if not pairs else None
+            return [np.asarray(Image.fromarray(p).resize(pictures[0].shape[1::-1], Image.Resampling.LANCZOS), np.float32) for p in y]
+        data.write_clip(where, windows(data.read_frames(path), length, change), like=path)
+        small = [[data.crop(p, y.shape[:2]) for p in pairs[0][0]] for y in pairs[0][1][:1]] + [list(pairs[0][1])]
+        data.write_image(where.with_name(where.stem + ".sheet.png"), contact_sheet(small))
+
+    source = pathlib.Path(o.input)
+    numbered = length > 1 and source.is_dir() and all(p.stem.isdigit() for p in source.iterdir())       # one clip's frames
+    many = source.is_dir() and not numbered
+    paths, clips = data.find(source, length if length > 1 else None) if many else \
+        ([source], numbered or source.suffix.lower() in data.VIDEOS or data.animated(source))
+    target, done = pathlib.Path(o.output or ("edited" if source.is_dir() else f"edited{source.suffix if clips else '.png'}")), 0
     for path in paths:
+        path = source / path if many else path
+        where = target / path.relative_to(source) if many else target
         try:
-            image = data.load_image(path)
+            if clips:
+                edit_clip(path, where)
+            else:
+                image = data.load_image(path)
+                h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** .5)
+                y = run_edit([data.crop(image, (h, w))], [instr])
+                data.write_image(where.with_suffix(".png") if many else where, to_images(vae.decode(y))[0])
+            done += 1
         except UserError as error:
             if not many:
                 raise
             print(f"warning: skipped {error}", file=sys.stderr)
-            continue
-        h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** .5)
-        y = run_edit([data.crop(image, (h, w))], [instr])
-        where = (target / path.relative_to(source)).with_suffix(".png") if many else target
-        data.write_image(where, to_images(vae.decode(y))[0])
-        done += 1
     if not done:
-        raise UserError(f"none of the images in {source} could be read")
-    print(f'"{instr}": {done} picture{"s" * (done > 1)}, {target.resolve()}')
+        raise UserError(f"nothing in {source} could be edited")
+    print(f'"{instr}": {done} {"clip" if clips else "picture"}{"s" * (done > 1)}, {target.resolve()}')
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -30,8 +31,8 @@ import data
 from data import write, write_tensors
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, choose_base, key_in_file, load_base, merged, new_adapter, read_tensors, why
-from routing import ROUTES, time_grid
+from model import UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
+from routing import ROUTES, noise, time_grid
 from sample import contact_sheet, edit, working_size
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
@@ -42,6 +43,7 @@ RECIPES = {
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
                  identity_first=50, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
+CLIPS = dict(batch=4, views=1)                              # what differs for them
 
 
 def pixels(text):
@@ -55,7 +57,11 @@ def pixels(text):
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--data", required=True, help="folder of images; captions in metadata.jsonl or .txt, or tuples.jsonl")
+    p.add_argument("--data", required=True, help="folder of images or clips; captions in metadata.jsonl or .txt, or tuples.jsonl")
+    p.add_argument("--frames", type=int, help="frames of a clip that are edited together (default: 8 where --data holds clips, else 1)")
+    p.add_argument("--stride", type=int, default=1, help="take every n-th frame of a clip")
+    p.add_argument("--shared-noise", type=float, default=.5, help="share of the noise's variance that the frames of a clip have in common")
+    p.add_argument("--init", help="begin with the editor of this run, e.g. of pictures for one of clips")
     p.add_argument("--instr", help='the edit, e.g. "make it winter"; not needed with tuples.jsonl')
     p.add_argument("--src", help="caption of every source (default: the image's own)")
     p.add_argument("--tgt", help="caption of the result (default: derived from the caption and --instr)")
@@ -90,17 +96,20 @@ def options():
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 where the machine computes in it")
     o = p.parse_args()
-    o.base = choose_base(o.base)
+    paths, clips = data.find(o.data, o.frames)
+    o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
     if o.recipe == "auto":
         o.recipe = "tiny" if o.base == "tiny" else "paper"
-    for k, v in RECIPES[o.recipe].items():
+    for k, v in (RECIPES[o.recipe] | (CLIPS if clips else {})).items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
-    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip"):
+    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    if (o.frames > 1) != clips:
+        p.error(f"--frames {o.frames}, but {o.data} holds {'clips' if clips else 'pictures, no clips'}")
     if o.batch % (RANKS * o.states):
         p.error(f"--batch {o.batch} cannot be shared evenly by --states {o.states}" + f" and {RANKS} ranks" * (RANKS > 1))
-    return o
+    return o, paths
 
 
 def precision(name, device):
@@ -232,12 +241,12 @@ def main():
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     with quiet:
-        o = options()
+        o, paths = options()
         out = pathlib.Path(o.out)
         if (out / "checkpoint.safetensors").exists() != o.resume:
             raise UserError(f"{out} holds no run to resume; leave --resume away to begin one" if o.resume else
                             f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2)
-        rows = data.read_prompts(o.data, data.find_images(o.data), o.instr, o.src, o.tgt, o.undo)
+        rows = data.read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo)
         lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -248,12 +257,12 @@ def main():
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
         # Encode everything once; the encoders are not needed after that.
         latents, read, digest = [], [], hashlib.sha256()
-        for views, row in data.load_rows(rows, size, o.views, o.seed):
+        for views, row in data.load_rows(rows, size, o.views, o.seed, o.frames, o.stride):
             with torch.no_grad():
-                latents.append(vae.encode(to_pixels(views).to(device)))
+                latents.append(torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)) for i in range(0, len(views), 8)]))
             read.append(row)
             digest.update(views.tobytes() + json.dumps(row | {"path": row["path"].name}).encode())
-        latents, rows = torch.stack(latents), read                              # (rows, views, C, h, w)
+        rows, shape = read, latents[0].shape[1:]                                # latents: for each row (views or T, C, h, w)
     if RANKS > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
@@ -270,7 +279,9 @@ def main():
     held = order[:min(o.held, max(1, len(rows) // 8))]
     train_on = order[len(held):] if len(rows) > len(held) else order
 
-    adapter = new_adapter(model, o.rank)
+    begin = load_adapter(pathlib.Path(o.init) / "adapter.safetensors", model)[0] if o.init else {}
+    o.rank = max((len(v) for k, v in begin.items() if "lora_A" in k), default=o.rank)
+    adapter = {k: begin.get(k, v).requires_grad_() for k, v in new_adapter(model, o.rank, o.frames > 1).items()}
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
     opt = new_optimizer(adapter, o)
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
@@ -298,14 +309,17 @@ def main():
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
-        x = latents[held, 0]
-        eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device)
+        x, frames = torch.cat([latents[i][:o.frames] for i in held]), held.repeat_interleave(o.frames)
+        eps = noise(len(held), o.frames, shape, o.shared_noise, torch.Generator().manual_seed(1)).flatten(0, 1).to(device)
         with torch.no_grad():
             with autocast:
-                y = edit(model, average, x, prompt(ids["instr"][held]), eps, time_grid(20, shift))
-                back = edit(model, average, y, prompt(ids["undo"][held]), eps, time_grid(20, shift))
+                y = edit(model, average, x, prompt(ids["instr"][frames]), eps, time_grid(20, shift), o.frames)
+                back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
             pictures = [to_images(vae.decode(a)) for a in (x, y, back)]
-        sheet = contact_sheet(pictures)
+        sheets = [contact_sheet([p[i::o.frames] for p in pictures]) for i in range(o.frames)]
+        if o.frames > 1:
+            data.write_clip(out / "samples" / "latest.webp", [(np.asarray(sheet), i / 8) for i, sheet in enumerate(sheets)])
+        sheet = sheets[o.frames // 2]
         for name in (f"{step:06d}.png", "latest.png"):
             data.write_image(out / "samples" / name, sheet)
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
@@ -334,16 +348,20 @@ def main():
             b = train_on[torch.randint(len(train_on), (own,), generator=rng)].repeat(o.states)
             k = ((torch.rand((), generator=rng) + torch.arange(o.batch) / o.batch) % 1 * o.n).long()    # nodes, evenly spread: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
-            view = torch.randint(o.views, (o.batch,), generator=rng)
-            eps = torch.randn((own, *latents.shape[2:]), generator=rng).repeat(o.states, 1, 1, 1)[mine].to(device)
-            eps_cue = torch.randn((o.batch, *latents.shape[2:]), generator=rng)[mine].to(device)
-            b, k, x, other = b[mine], k[mine], latents[b[mine], 0], latents[b[mine], view[mine]]
+            view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
+            eps = noise(own, o.frames, shape, o.shared_noise, rng).repeat(o.states, 1, 1, 1, 1)
+            eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng)
+            b, k, view, eps, eps_cue = (a[mine] for a in (b, k, view, eps, eps_cue))
+            window = lambda at: torch.cat([latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames] for i, v in zip(b, at)])
+            other = window(view)                                                # a crop of the picture, or the clip from some moment on
+            x = other if o.frames > 1 else window(0 * view)
+            b, k, eps, eps_cue = (*(a.repeat_interleave(o.frames) for a in (b, k)), *(a.flatten(0, 1).to(device) for a in (eps, eps_cue)))
             prompts = {name: prompt(i[b]) for name, i in ids.items()}
             if with_id:                                                         # an independent graph: its own backward
                 t = ts[k].to(device)
                 x_t = torch.lerp(other, eps, t[:, None, None, None])
                 with autocast:
-                    loss = identity_loss(model, merged(model, adapter), other, x_t, t, eps - other, prompts["undo"])
+                    loss = identity_loss(model, merged(model, adapter), other, x_t, t, eps - other, prompts["undo"], o.frames)
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:

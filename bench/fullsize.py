@@ -46,7 +46,7 @@ def main():
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16 only where the processor computes in it")
     p.add_argument("--folder", help="where the shards are written and kept (default: a temporary folder)")
     o = p.parse_args()
-    recipe = argparse.Namespace(routing="ste", bootstrap=True, **RECIPES["paper"])
+    recipe = argparse.Namespace(routing="ste", bootstrap=True, frames=1, **RECIPES["paper"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[o.dtype]
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(o.folder or temporary)

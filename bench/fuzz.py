@@ -132,12 +132,12 @@ def targets(work):
         restore(where / "checkpoint.safetensors", fresh, average, Muon(fresh.values()), torch.Generator())
 
     def read_rows(where):
-        rows = data.read_prompts(where, data.find_images(where))
+        rows = data.read_prompts(where, data.find(where)[0])
         assert all(where in row["path"].parents and pathlib.Path(row["path"].parent).resolve() == where.resolve() for row in rows), "a path outside"
 
     def read_captions(where):
         (where / "tuples.jsonl").unlink(missing_ok=True)
-        data.read_prompts(where, data.find_images(where), "make it winter")
+        data.read_prompts(where, data.find(where)[0], "make it winter")
 
     def read_pictures(where):
         for path in sorted(where.glob("*.*")):

@@ -57,7 +57,7 @@ class Meter(TorchDispatchMode):
 
 def step_memory(config, size, batch, rank, checkpointing=True, dtype=torch.bfloat16):
     """One step of train.py, by the paper's recipe, with identity. size in pixels -> GiB: weights, adapter (with average, gradient, moments), peak"""
-    o = argparse.Namespace(routing="ste", bootstrap=True, **RECIPES["paper"])
+    o = argparse.Namespace(routing="ste", bootstrap=True, frames=1, **RECIPES["paper"])
     ts, gib = time_grid(2, 3.), 2 ** 30                     # two Euler steps: more repeat the same memory
     with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
         torch.set_default_dtype(dtype)

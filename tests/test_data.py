@@ -81,14 +81,14 @@ def test_captions_and_tuples(tmp_path):
         save(np.zeros((8, 8, 3), np.uint8), tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a house in summer"}))
     (tmp_path / "b.txt").write_text("a lake in spring\n")
-    rows = data.read_prompts(tmp_path, data.find_images(tmp_path), "make it winter")
+    rows = data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
     assert [r["src"] for r in rows] == ["a house in summer", "a lake in spring", "a picture"]
     (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i"}))
     with pytest.raises(UserError, match="line 1: the field 'undo' is missing"):
-        data.read_prompts(tmp_path, data.find_images(tmp_path))
+        data.read_prompts(tmp_path, data.find(tmp_path)[0])
     (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "x.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"}))
     with pytest.raises(UserError, match="x.png"):
-        data.read_prompts(tmp_path, data.find_images(tmp_path))
+        data.read_prompts(tmp_path, data.find(tmp_path)[0])
 
 
 def test_the_judge_reads_back_what_the_renderer_drew():

@@ -11,7 +11,7 @@ from routing import ROUTES, integrate, rollout, route, time_grid
 from train import Muon
 
 B, C, S = 3, 4, 8
-OPTIONS = argparse.Namespace(states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1.,
+OPTIONS = argparse.Namespace(frames=1, states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1.,
                              reverse=1.)
 
 

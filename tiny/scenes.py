@@ -2,6 +2,7 @@
 
     python tiny/scenes.py sheet.png                          # one page that shows the whole world
     python tiny/scenes.py tiny/examples --n 96 --seed 1      # a folder of unpaired pictures with captions
+    python tiny/scenes.py tiny/clips --n 96 --seed 2 --frames 12     # the same of clips, eight frames a second
 
 A `Scene` is attributes (what captions and edits talk about: season, time, weather, house, style) plus geometry
 (everything else). `render` draws it, `dataclasses.replace(scene, season="winter")` is its exact counterfactual,
@@ -349,6 +350,7 @@ def main():
     parser.add_argument("out", help="a .png for a page of the world, or a folder to fill with pictures and captions")
     parser.add_argument("--n", type=int, default=96)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--frames", type=int, default=1, help="above 1: of clips (animated WebP)")
     parser.add_argument("--seasons", default="spring,summer,autumn", help="of the pictures in the folder")
     args = parser.parse_args()
     rng, out = np.random.default_rng(args.seed), pathlib.Path(args.out)
@@ -358,8 +360,10 @@ def main():
     seasons, lines = args.seasons.split(","), []
     for i in range(args.n):
         scene = sample_scene(rng, season=seasons[i % len(seasons)], style="plain")
-        Image.fromarray(render(scene)).save(out / f"{i:03d}.png")
-        lines.append(json.dumps({"file_name": f"{i:03d}.png", "text": caption(scene, rng, drop=0.)}))
+        name = f"{i:03d}.{'webp' if args.frames > 1 else 'png'}"
+        first, *others = (Image.fromarray(render(scene, k / 8)) for k in range(args.frames))
+        first.save(out / name, **dict(save_all=True, append_images=others, duration=125, loop=0, quality=90, method=6) if others else {})
+        lines.append(json.dumps({"file_name": name, "text": caption(scene, rng, drop=0.)}))
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -341,7 +341,8 @@ def write_clip(path, frames, like=None):
         pictures, times = zip(*((Image.fromarray(p), s) for p, s in frames))
         if (kind := Image.registered_extensions().get(path.suffix.lower())) not in ("WEBP", "GIF", "PNG"):
             raise UserError(f"{path}: no clip can be written under this name; end it in .mp4, .mov, .mkv, .webm, .webp, .gif or .png", 2)
-        lasts = [round(1000 * (b - a)) for a, b in zip(times, times[1:])] or [125]
+        unit = 10 if kind == "GIF" else 1                   # milliseconds; rounded in sum, so that nothing drifts
+        lasts = [unit * (round(1000 * b / unit) - round(1000 * a / unit)) for a, b in zip(times, times[1:])] or [125]
         with replacing(path) as tmp:
             pictures[0].save(tmp, kind, save_all=True, append_images=pictures[1:], duration=[*lasts, lasts[-1]], loop=0,
                              **{"quality": 90, "method": 4} if kind == "WEBP" else {})

@@ -135,16 +135,19 @@ class Block(nn.Module):
 
 
 def temporal(x, frames, adapter):
-    """Attention over the frames of one place, for what they differ in: sum_j a_ij (v_j - v_i). So a still clip, and one of a single
-    frame, is what it was, exactly. x (B F, N, D); the frames' places in time enter as sines and cosines. -> x, changed"""
+    """Attention over the frames of one place, for what they differ in: sum_j a_ij (v_j - v_i). So a still clip stays what it was, and
+    a single frame exactly. x (B F, N, D); the frames' places in time enter q and k as sines and cosines. -> x, changed"""
     if frames == 1 or "temporal.qkv.weight" not in adapter:
         return x
-    h = F.layer_norm(x, x.shape[-1:], eps=1e-6).unflatten(0, (-1, frames)).transpose(1, 2)                      # (B, N, F, D)
-    place = torch.arange(frames, device=x.device)[:, None] * 1e3 ** (-torch.arange(x.shape[-1] // 2, device=x.device) / (x.shape[-1] // 2))
-    qkv = F.linear(h + torch.cat([place.sin(), place.cos()], -1).to(h.dtype), adapter["temporal.qkv.weight"])
-    q, k, v = qkv.unflatten(-1, (3, -1, 32)).permute(3, 0, 1, 4, 2, 5).flatten(1, 2)                            # 3 x (B N, heads, F, 32)
+    n, d = x.shape[1:]
+    h = F.layer_norm(x, (d,), eps=1e-6).unflatten(0, (-1, frames)).transpose(1, 2)                              # (B, N, F, D)
+    place = torch.arange(frames, device=x.device)[:, None] * 1e3 ** (-torch.arange(d // 2, device=x.device) / (d // 2))
+    qk, v = adapter["temporal.qkv.weight"].tensor_split([adapter["temporal.out.weight"].shape[1] * 2])
+    heads = lambda a: a.flatten(0, 1).unflatten(-1, (-1, 32)).transpose(1, 2)                                   # noqa: E731  (B N, heads, F, 32)
+    q, k = map(heads, F.linear(h + torch.cat([place.sin(), place.cos()], -1).to(h.dtype), qk).chunk(2, -1))
+    v = heads(F.linear(h, v))
     h = (F.scaled_dot_product_attention(q, k, v) - v).transpose(1, 2).flatten(2)                                # (B N, F, W)
-    return x + F.linear(h, adapter["temporal.out.weight"]).unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
+    return x + F.linear(h, adapter["temporal.out.weight"]).unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)
 
 
 class MMDiT(nn.Module):

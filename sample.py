@@ -82,8 +82,9 @@ def read_run(folder):
     config, words = read_json(folder / "config.json"), ("path", "instr", "undo")
     size, held = config.get("size"), config.get("held")
     config = {"frames": 1, "stride": 1, "shared_noise": 0.} | config
-    if not (all(isinstance(config[k], int) and 0 < config[k] < 1000 for k in ("frames", "stride"))
-            and isinstance(config["shared_noise"], float) and 0 <= config["shared_noise"] <= 1 and isinstance(config.get("base"), str) and isinstance(config.get("instr", 0), (str, type(None)))
+    if not (isinstance(config.get("base"), str) and isinstance(config.get("instr", 0), (str, type(None)))
+            and all(isinstance(config[k], int) and 0 < config[k] < 1000 for k in ("frames", "stride"))
+            and isinstance(config["shared_noise"], float) and 0 <= config["shared_noise"] <= 1
             and isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
             and isinstance(held, list) and held and all(isinstance(h, dict) and all(isinstance(h.get(w), str) for w in words) for h in held)):
         raise UserError(f"{folder / 'config.json'}: is not as train.py writes it (damaged, or of an older nanoByG); train again")

@@ -1,6 +1,7 @@
 """Quality of an editor where the truth is known: held-out scenes of the embedded world, edited, judged by the renderer.
 
     python bench/evaluate.py --run out --n 200 --seed 1000
+    python bench/evaluate.py --run out_video --video --image out --n 40
 
 success         of all 960 attribute combinations drawn for that very geometry, the nearest to the output is the wished-for one
 preservation_db PSNR to the source over the pixels where source and truth agree
@@ -9,6 +10,8 @@ What an instruction leaves open is the editor's choice (the general editor's exa
 where the drops are (the truth is the nearest of 64 places); of new trees, where they stand (success asks besides that the picture is
 nearer to one of 40 with the wished trees than to the source). Intervals are 95 %, by bootstrap over scenes. Writes evaluate.json, .md
 and .png (source, edit, truth of the first scenes and of the worst failures); the last line is one JSON object.
+--video: success and preservation of every frame, and the temporal error, which is the root mean square, in grey levels of 255, of the
+difference between the output's change from frame to frame and the truth's; beside it that of the image editor, frame by frame.
 """
 import argparse
 import collections
@@ -28,7 +31,7 @@ import scenes  # noqa: E402
 from edits import EDITS, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import UserError, load_adapter, load_base, read_json  # noqa: E402
-from routing import time_grid  # noqa: E402
+from routing import noise, time_grid  # noqa: E402
 from sample import edit  # noqa: E402
 
 MAIN = ["season", "time", "weather", "house"]
@@ -50,17 +53,17 @@ def psnr(a, b, mask=None):
     return float(10 * np.log10(255 ** 2 / max(error, 1e-2)))
 
 
-def measure(scene, kind, value, output):
-    """One edit against its exact truth. -> dict"""
+def measure(scene, kind, value, output, tau=0.):
+    """One edit against its exact truth at the time tau. -> dict"""
     wish, falls = change(scene, kind, value), None
     distance = lambda picture: float(((output.astype(np.float32) - picture) ** 2).mean())      # noqa: E731
     if kind == "weather" and value in FALLING and scene.weather not in FALLING:
-        falls = min(itertools.product(range(0, 16, 2), repeat=2), key=lambda phase: distance(scenes.render(wish, falls=phase)))
-    source, truth = scenes.render(scene), scenes.render(wish, falls=falls)
-    read = scenes.judge(wish, output[None], falls=falls)[0]
+        falls = min(itertools.product(range(0, 16, 2), repeat=2), key=lambda phase: distance(scenes.render(wish, tau, phase)))
+    source, truth = scenes.render(scene, tau), scenes.render(wish, tau, falls)
+    read = scenes.judge(wish, output[None], tau, falls)[0]
     wrong = [k for k in scenes.ATTRIBUTES if read[k] != getattr(wish, k)]
     if kind == "trees":
-        others = [scenes.render(change(scene, kind, value, i)) for i in range(40 if value[0] else 1)]
+        others = [scenes.render(change(scene, kind, value, i), tau) for i in range(40 if value[0] else 1)]
         wrong += ["trees"] * (min(map(distance, others)) >= distance(source))
     same = np.abs(source.astype(int) - truth).max(-1) <= 2
     return {"success": not wrong, "wrong": wrong, "preservation_db": psnr(output, source, same), "psnr_truth_db": psnr(output, truth)}
@@ -107,21 +110,21 @@ def summary(results):
         "wrong": dict(collections.Counter(k for r in results for k in r["wrong"]))}
 
 
-def judge_all(world, kinds, values, output):
+def judge_all(world, kinds, values, output, taus=None):
     """One edit each. -> results per scene"""
     with concurrent.futures.ProcessPoolExecutor(2) as pool:
-        return list(pool.map(measure, world, kinds, values, output, chunksize=4))
+        return list(pool.map(measure, world, kinds, values, output, taus or itertools.repeat(0.), chunksize=4))
 
 
 @torch.no_grad()
-def edit_all(model, vae, adapter, images, prompts, shift, steps, seed):
-    """images (n, h, w, 3) and prompts: (context, pooled) of n, or of 1 for all -> edited images"""
-    out, noise = [], torch.Generator().manual_seed(seed)
-    for i in range(0, len(images), 25):
-        x = vae.encode(to_pixels(np.stack(images[i:i + 25])))
-        eps = torch.randn(x.shape, generator=noise)
-        p = tuple(a[i:i + 25] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
-        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift)))))
+def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0.):
+    """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all -> edited images"""
+    out, generator, size = [], torch.Generator().manual_seed(seed), 24 // frames * frames if frames > 1 else 25
+    for i in range(0, len(images), size):
+        x = vae.encode(to_pixels(np.stack(images[i:i + size])))
+        eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)
+        p = tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
+        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames))))
     return np.concatenate(out)
 
 
@@ -136,6 +139,40 @@ def page(groups, title):
     return "\n".join(lines) + "\n"
 
 
+def temporal_error(output, truth):
+    """output, truth (clips, frames, h, w, 3) -> for each clip, the root mean square of what their changes between frames differ by"""
+    difference = np.diff(output.astype(np.float32), axis=1) - np.diff(truth.astype(np.float32), axis=1)
+    return np.sqrt((difference ** 2).mean((1, 2, 3, 4)))
+
+
+def video(o, config, run, out):
+    """The examination of an editor of clips, beside the image editor frame by frame. -> figures"""
+    kind, value = asked(o.instr or config["instr"])
+    world, frames = held_out(kind, value, o.n, o.seed), config["frames"]
+    times = [i / 8 * config["stride"] for i in range(frames)]
+    images, truth = ([scenes.render(s, t) for s in some for t in times] for some in (world, [change(s, kind, value) for s in world]))
+    model, vae, text, shift = load_base(config["base"])
+    clips = lambda a: np.stack(a).reshape(o.n, frames, *a[0].shape)             # noqa: E731
+    error = lambda a: round(float(temporal_error(clips(a), clips(truth)).mean()), 4)        # noqa: E731
+
+    def edited(folder, shared):
+        adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)[0]         # of pictures: no attention over frames
+        with torch.no_grad():
+            return edit_all(model, vae, adapter, images, text([o.instr or config["instr"]]), shift, o.steps, o.seed, frames, shared)
+    output = edited(run, config["shared_noise"])
+    judge = lambda a: summary(judge_all(*zip(*[(s, kind, value) for s in world for _ in times]), a, times * o.n))          # noqa: E731
+    figures = judge(output) | {"temporal_error": error(output), "frames": frames, "clips": o.n, "seed": o.seed}
+    rows = [images, output]
+    if o.image:                                             # frame by frame: all frames of a clip as pictures, with noise of their own or one for all
+        for name, shared in (("per_frame", 0.), ("shared_noise", 1.)):
+            alone = edited(o.image, shared)
+            figures |= {f"temporal_error_{name}": error(alone), name: judge(alone)}
+            rows.append(alone)
+    scenes.sheet([row[i * frames:(i + 1) * frames] for i in range(3) for row in [*rows, truth]]).save(out / "video.png")
+    (out / "video.json").write_text(json.dumps(figures, indent=1) + "\n")
+    return figures
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--run", default="out")
@@ -143,6 +180,8 @@ def main():
     p.add_argument("--n", type=int, default=200, help="scenes (of each kind of edit)")
     p.add_argument("--seed", type=int, default=1000, help="of the scenes and of the noise")
     p.add_argument("--steps", type=int, default=20, help="Euler steps of the edit")
+    p.add_argument("--video", action="store_true", help="the run is an editor of clips: writes video.json and video.png")
+    p.add_argument("--image", help="with --video: the run of an image editor to compare with, frame by frame")
     p.add_argument("--out", help="folder for evaluate.json, .md and .png (default: the run)")
     o = p.parse_args()
     run = pathlib.Path(o.run)
@@ -150,6 +189,8 @@ def main():
         raise UserError(f"{run} holds no trained adapter; train one with train.py first", 2)
     config, out = read_json(run / "config.json"), pathlib.Path(o.out or o.run)
     out.mkdir(parents=True, exist_ok=True)
+    if o.video:
+        return print(json.dumps(video(o, config, run, out)))
     if instr := o.instr or config.get("instr"):
         kind, value = asked(instr)
         groups = {kind: [(s, kind, value, instr) for s in held_out(kind, value, o.n, o.seed)]}

@@ -71,16 +71,15 @@ def options():
     p.add_argument("--resume", action="store_true", help="go on with the run in --out")
     p.add_argument("--recipe", default="auto", choices=["auto", *RECIPES], help="defaults for the numbers below; auto: tiny for the embedded base")
     for name, kind, meaning in (
-            ("steps", int, "optimizer steps"), ("batch", int, "samples in a step"), ("lr", float, "learning rate"),
-            ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"),
-            ("prior", float, "weight of the teacher cue"), ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"),
-            ("cycle", float, "weight of the cycle"),
+            ("steps", int, "optimizer steps"), ("batch", int, "samples (pictures or clips) in a step"), ("lr", float, "learning rate"),
+            ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"), ("prior", float, "weight of the teacher cue"),
+            ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"), ("cycle", float, "weight of the cycle"),
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor in the cosine cue"),
             ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
-            ("identity-first", int, "steps of identity alone"),
-            ("identity-share", float, "share of later steps with identity"), ("ema", float, "decay of the averaged adapter"),
+            ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
+            ("ema", float, "decay of the averaged adapter"), ("warmup", int, "steps until the full rate"),
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
-            ("warmup", int, "steps until the full rate"), ("source-rate", float, "learning rate of the source projection, in --lr"),
+            ("source-rate", float, "learning rate of the source projection, in --lr"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
@@ -271,8 +270,7 @@ def main():
         texts = sorted({"", *(r[k] for r in rows for k in ("src", "tgt", "instr", "undo"))})
         context, pooled = (torch.cat(a) for a in zip(*(text(texts[i:i + 64]) for i in range(0, len(texts), 64))))
     index = {s: i for i, s in enumerate(texts)}
-    ids = {k: torch.tensor([index[r[k]] for r in rows]) for k in ("src", "tgt", "instr", "undo")}
-    ids["null"] = torch.full((len(rows),), index[""])
+    ids = {k: torch.tensor([index[r.get(k, "")] for r in rows]) for k in ("src", "tgt", "instr", "undo", "null")}
     prompt = lambda which: (context[which], pooled[which])                      # noqa: E731
     del text, vae.encoder
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))   # the same images held back for any seed
@@ -315,23 +313,21 @@ def main():
             with autocast:
                 y = edit(model, average, x, prompt(ids["instr"][frames]), eps, time_grid(20, shift), o.frames)
                 back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
-            pictures = [to_images(vae.decode(a)) for a in (x, y, back)]
+            pictures = [np.concatenate([to_images(vae.decode(part)) for part in a.split(8)]) for a in (x, y, back)]
         sheets = [contact_sheet([p[i::o.frames] for p in pictures]) for i in range(o.frames)]
         if o.frames > 1:
             data.write_clip(out / "samples" / "latest.webp", [(np.asarray(sheet), i / 8) for i, sheet in enumerate(sheets)])
-        sheet = sheets[o.frames // 2]
         for name in (f"{step:06d}.png", "latest.png"):
-            data.write_image(out / "samples" / name, sheet)
+            data.write_image(out / "samples" / name, sheets[o.frames // 2])
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
         if step > o.identity_first and not .02 < change < 1.5:
-            trouble = "is nearly the source" if change < 1 else "has lost the source"
-            advice = "raise --prior" if change < 1 else "raise --cycle or --identity"
-            say(f"warning: step {step}: the edit {trouble} (relative change {change:.3f}); {advice}")
+            what, advice = ("is nearly the source", "raise --prior") if change < 1 else ("has lost the source", "raise --cycle or --identity")
+            say(f"warning: step {step}: the edit {what} (relative change {change:.3f}); {advice}")
         return change
 
     say = lambda text: tqdm.write(text, file=sys.stderr)
-    if RANK:                                                # rank 0 alone writes and speaks
-        save = draw = say = lambda _: 0.
+    if RANK:
+        save = draw = say = lambda _: 0.                    # rank 0 alone writes and speaks
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -351,11 +347,11 @@ def main():
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
             eps = noise(own, o.frames, shape, o.shared_noise, rng).repeat(o.states, 1, 1, 1, 1)
             eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng)
-            b, k, view, eps, eps_cue = (a[mine] for a in (b, k, view, eps, eps_cue))
-            window = lambda at: torch.cat([latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames] for i, v in zip(b, at)])
+            window = lambda at: torch.cat([latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames] for i, v in zip(b[mine], at[mine])])
             other = window(view)                                                # a crop of the picture, or the clip from some moment on
             x = other if o.frames > 1 else window(0 * view)
-            b, k, eps, eps_cue = (*(a.repeat_interleave(o.frames) for a in (b, k)), *(a.flatten(0, 1).to(device) for a in (eps, eps_cue)))
+            b, k = (a[mine].repeat_interleave(o.frames) for a in (b, k))
+            eps, eps_cue = (a[mine].flatten(0, 1).to(device) for a in (eps, eps_cue))
             prompts = {name: prompt(i[b]) for name, i in ids.items()}
             if with_id:                                                         # an independent graph: its own backward
                 t = ts[k].to(device)

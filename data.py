@@ -13,6 +13,7 @@ import platform
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import warnings
@@ -28,7 +29,8 @@ from model import ROOT, UserError, read_json, why
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEOS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}        # suffix: what FFmpeg calls it
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)     # Pillow's complaints
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
+          Image.DecompressionBombWarning)                   # Pillow's complaints
 
 # Families of words that exclude each other. member: (how captions say it, first one preferred; how instructions say it)
 FAMILIES = [

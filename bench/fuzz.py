@@ -9,7 +9,9 @@ replaced by others), puts it in its place and calls what train.py and sample.py 
 import argparse
 import collections
 import contextlib
+import importlib.util
 import io
+import itertools
 import json
 import pathlib
 import resource
@@ -101,6 +103,14 @@ def pictures(folder):
     (folder / "wrong.png").write_bytes((folder / "b.jpg").read_bytes())     # a JPEG by another name
 
 
+def clips(folder):
+    """One short clip of every kind that data.py knows, where PyAV is installed."""
+    rng = np.random.default_rng(0)
+    frames = [(np.roll(rng.integers(0, 256, (48, 56, 3), dtype=np.uint8), 4 * i, 1), i / 8) for i in range(6)]
+    for name in ["a.webp", "b.gif", "c.png"] + [f"d{suffix}" for suffix in data.VIDEOS] * (importlib.util.find_spec("av") is not None):
+        data.write_clip(folder / name, frames)
+
+
 def targets(work):
     """-> {name: (folder of good files, which of them to damage, reader)}; the reader gets the folder with one file damaged"""
     base, run, folder = work / "base", work / "run", work / "data"
@@ -132,12 +142,12 @@ def targets(work):
         restore(where / "checkpoint.safetensors", fresh, average, Muon(fresh.values()), torch.Generator())
 
     def read_rows(where):
-        rows = data.read_prompts(where, data.find(where)[0])
+        rows = data.read_prompts(where, data.find(where, 1)[0])
         assert all(where in row["path"].parents and pathlib.Path(row["path"].parent).resolve() == where.resolve() for row in rows), "a path outside"
 
     def read_captions(where):
         (where / "tuples.jsonl").unlink(missing_ok=True)
-        data.read_prompts(where, data.find(where)[0], "make it winter")
+        data.read_prompts(where, data.find(where, 1)[0], "make it winter")
 
     def read_pictures(where):
         for path in sorted(where.glob("*.*")):
@@ -145,16 +155,28 @@ def targets(work):
                 with contextlib.suppress(UserError):
                     assert data.load_image(path, (64, 64)).shape == (64, 64, 3)
 
+    def read_clips(where):
+        for path in data.find(where)[0]:
+            with contextlib.suppress(UserError):
+                assert all(f.shape[2] == 3 for f, _ in itertools.islice(data.read_frames(where / path), 100))
+
+    moving = work / "clips"
+    clips(moving)
     json_of_base = [p.relative_to(base) for p in base.rglob("*.json")] + [p.relative_to(base) for p in base.rglob("merges.txt")]
     weights = [p.relative_to(base) for p in base.rglob("*.safetensors")]
     return {"base: JSON and merges": (base, json_of_base, read_base), "base: weights": (base, weights, read_base),
             "adapter": (run, ["adapter.safetensors"], read_adapter), "checkpoint": (run, ["checkpoint.safetensors"], read_checkpoint),
             "config.json of a run": (run, ["config.json"], read_run), "tuples.jsonl": (folder, ["tuples.jsonl"], read_rows),
-            "metadata.jsonl": (folder, ["metadata.jsonl"], read_captions), "pictures": (folder, names, read_pictures)}
+            "metadata.jsonl": (folder, ["metadata.jsonl"], read_captions), "pictures": (folder, names, read_pictures),
+            "clips": (moving, [p.name for p in moving.iterdir()], read_clips)}
+
+
+class TooLong(BaseException):
+    """No OSError, as TimeoutError is: a reader would take that for a broken file."""
 
 
 def too_long(*_):
-    raise TimeoutError("more than 10 seconds")
+    raise TooLong("more than 10 seconds")
 
 
 def one(good, name, read, rng, work):
@@ -173,7 +195,7 @@ def one(good, name, read, rng, work):
         return "accepted", raw
     except UserError as error:
         return ("refused" if str(error).strip() and "\n" not in str(error) else f"no single sentence: {error!r}"), raw
-    except Exception as error:
+    except (Exception, TooLong) as error:
         return f"{type(error).__name__}: {str(error)[:200]}", raw
     finally:
         signal.alarm(0)

@@ -244,7 +244,7 @@ def read_frames(path):
             raise UserError(f"{path}: cannot be read as an animated picture ({why(error)})")
 
 
-LONGEST = 600                                               # frames of a clip that training takes
+LONGEST = 128                                               # frames of a clip that training takes, its first
 
 
 def load_rows(rows, size, views=1, seed=0, frames=1, stride=1):

@@ -43,7 +43,7 @@ RECIPES = {
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
                  identity_first=50, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
-CLIPS = dict(batch=4, views=1)                              # what differs for them
+CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1)}      # what differs for clips
 
 
 def pixels(text):
@@ -99,7 +99,7 @@ def options():
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
     if o.recipe == "auto":
         o.recipe = "tiny" if o.base == "tiny" else "paper"
-    for k, v in (RECIPES[o.recipe] | (CLIPS if clips else {})).items():
+    for k, v in (RECIPES[o.recipe] | (CLIPS[o.recipe] if clips else {})).items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
     for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip", "frames", "stride"):
         if getattr(o, k) <= 0:
@@ -258,7 +258,7 @@ def main():
         latents, read, digest = [], [], hashlib.sha256()
         for views, row in data.load_rows(rows, size, o.views, o.seed, o.frames, o.stride):
             with torch.no_grad():
-                latents.append(torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)) for i in range(0, len(views), 8)]))
+                latents.append(torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)]))
             read.append(row)
             digest.update(views.tobytes() + json.dumps(row | {"path": row["path"].name}).encode())
         rows, shape = read, latents[0].shape[1:]                                # latents: for each row (views or T, C, h, w)
@@ -307,7 +307,7 @@ def main():
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
-        x, frames = torch.cat([latents[i][:o.frames] for i in held]), held.repeat_interleave(o.frames)
+        x, frames = torch.cat([latents[i][:o.frames] for i in held]).to(device), held.repeat_interleave(o.frames)
         eps = noise(len(held), o.frames, shape, o.shared_noise, torch.Generator().manual_seed(1)).flatten(0, 1).to(device)
         with torch.no_grad():
             with autocast:
@@ -347,7 +347,8 @@ def main():
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
             eps = noise(own, o.frames, shape, o.shared_noise, rng).repeat(o.states, 1, 1, 1, 1)
             eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng)
-            window = lambda at: torch.cat([latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames] for i, v in zip(b[mine], at[mine])])
+            some = lambda i, v: latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames]
+            window = lambda at: torch.cat([*map(some, b[mine], at[mine])]).to(device)
             other = window(view)                                                # a crop of the picture, or the clip from some moment on
             x = other if o.frames > 1 else window(0 * view)
             b, k = (a[mine].repeat_interleave(o.frames) for a in (b, k))

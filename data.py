@@ -274,7 +274,7 @@ def load_rows(rows, size, views=1, seed=0, frames=1, stride=1):
 @contextlib.contextmanager
 def replacing(path):
     """Yields a temporary name beside path; what was written there becomes path, which is complete or as it was before."""
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.stem[:50]}{path.suffix}.tmp")      # no longer than path's own, which may be as long as names can be
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp

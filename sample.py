@@ -176,7 +176,7 @@ def main():
             return [np.asarray(Image.fromarray(p).resize(pictures[0].shape[1::-1], Image.Resampling.LANCZOS), np.float32) for p in y]
         data.write_clip(where, windows(data.read_frames(path), length, change), like=path)
         small = [[data.crop(p, y.shape[:2]) for p in pairs[0][0]] for y in pairs[0][1][:1]] + [list(pairs[0][1])]
-        data.write_image(where.with_name(where.stem + ".sheet.png"), contact_sheet(small))
+        data.write_image(where.with_name(where.stem[:50] + ".sheet.png"), contact_sheet(small))
 
     source = pathlib.Path(o.input)
     numbered = length > 1 and source.is_dir() and all(p.stem.isdigit() for p in source.iterdir())       # one clip's frames

@@ -11,7 +11,8 @@ where the drops are (the truth is the nearest of 64 places); of new trees, where
 nearer to one of 40 with the wished trees than to the source). Intervals are 95 %, by bootstrap over scenes. Writes evaluate.json, .md
 and .png (source, edit, truth of the first scenes and of the worst failures); the last line is one JSON object.
 --video: success and preservation of every frame, and the temporal error, which is the root mean square, in grey levels of 255, of the
-difference between the output's change from frame to frame and the truth's; beside it that of the image editor, frame by frame.
+difference between the output's change from frame to frame and the truth's, the truth as the base's autoencoder shows it (which alone
+flickers by 4 levels: `autoencoder`); beside it that of the image editor, frame by frame.
 """
 import argparse
 import collections
@@ -152,8 +153,10 @@ def video(o, config, run, out):
     times = [i / 8 * config["stride"] for i in range(frames)]
     images, truth = ([scenes.render(s, t) for s in some for t in times] for some in (world, [change(s, kind, value) for s in world]))
     model, vae, text, shift = load_base(config["base"])
+    with torch.no_grad():
+        shown = np.concatenate([to_images(vae.decode(vae.encode(to_pixels(np.stack(truth[i:i + 40]))))) for i in range(0, len(truth), 40)])
     clips = lambda a: np.stack(a).reshape(o.n, frames, *a[0].shape)             # noqa: E731
-    error = lambda a: round(float(temporal_error(clips(a), clips(truth)).mean()), 4)        # noqa: E731
+    error = lambda a, b=shown: round(float(temporal_error(clips(a), clips(b)).mean()), 4)   # noqa: E731
 
     def edited(folder, shared):
         adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)[0]         # of pictures: no attention over frames
@@ -161,7 +164,7 @@ def video(o, config, run, out):
             return edit_all(model, vae, adapter, images, text([o.instr or config["instr"]]), shift, o.steps, o.seed, frames, shared)
     output = edited(run, config["shared_noise"])
     judge = lambda a: summary(judge_all(*zip(*[(s, kind, value) for s in world for _ in times]), a, times * o.n))          # noqa: E731
-    figures = judge(output) | {"temporal_error": error(output), "frames": frames, "clips": o.n, "seed": o.seed}
+    figures = judge(output) | {"temporal_error": error(output), "autoencoder": error(shown, truth), "frames": frames, "clips": o.n, "seed": o.seed}
     rows = [images, output]
     if o.image:                                             # frame by frame: all frames of a clip as pictures, with noise of their own or one for all
         for name, shared in (("per_frame", 0.), ("shared_noise", 1.)):

@@ -1,7 +1,6 @@
 """The edits of the general editor: what is asked of which scene, in which words, and what is kept back to test it.
 
     python tiny/edits.py world/ --n 3000 --seed 1            # unpaired pictures with tuples.jsonl, each with one random edit
-    python tiny/edits.py tiny/editor --keep out/             # keeps what was trained on them, with examples to show
 
 Pictures of the results are never written: training stays without pairs.
 """
@@ -58,35 +57,14 @@ def edit_prompts(scene, kind, value, rng, wordings=scenes.ANY):
     return {"src": src, "tgt": tgt, "instr": instr, "undo": undo}
 
 
-SHOWN = ("make it winter", "make it night", "make the house blue", "make it foggy", "make it spring", "change the weather to rainy")
-
-
-def keep(run, out):
-    """A trained editor as the repository carries it: adapter, card, and a config.json that shows example pictures."""
-    folder, held = ROOT / "tiny" / "examples", []
-    captions = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    for instr in SHOWN:
-        row = next(c for c in captions if derive(instr, c["text"]) and c["file_name"] not in [pathlib.Path(h["path"]).name for h in held])
-        tgt, undo = derive(instr, row["text"])
-        held.append({"path": f"../examples/{row['file_name']}", "src": row["text"], "tgt": tgt, "instr": instr, "undo": undo})
-    config = json.loads((run / "config.json").read_text()) | {"held": held}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    card = (run / "README.md").read_text().split("![")[0].rstrip() + "\n"
-    (out / "README.md").write_text(card.replace(f"--run {config['out']} ", ""))
-    (out / "adapter.safetensors").write_bytes((run / "adapter.safetensors").read_bytes())
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("out", help="folder to fill")
     p.add_argument("--n", type=int, default=3000)
     p.add_argument("--seed", type=int, default=1)
-    p.add_argument("--keep", type=pathlib.Path, metavar="RUN", help="copy this trained run instead")
     o = p.parse_args()
     rng, out, lines = np.random.default_rng((o.seed, 2)), pathlib.Path(o.out), []
     out.mkdir(parents=True, exist_ok=True)
-    if o.keep:
-        return keep(o.keep, out)
     styles = [s for s in scenes.ATTRIBUTES["style"] if s != UNSEEN_STYLE]
     while len(lines) < o.n:
         scene = scenes.sample_scene(rng, style=str(rng.choice(styles, p=(.7, .15, .15))))

@@ -142,14 +142,14 @@ def main():
         with autocast:
             return edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift), frames)
 
-    length = o.frames or config["frames"]
+    length = o.frames or config["frames"] if config["frames"] > 1 else 1        # an editor of pictures takes a clip frame by frame
     if not o.input:
         held, target = config["held"], o.output or ("edited.png" if config["frames"] == 1 else "edited.webp")
         if config["frames"] == 1:
             columns = [[data.load_image(run / row["path"], config["size"]) for row in held]]
         else:
-            clips = data.load_rows([{"path": run / row["path"]} for row in held], config["size"], frames=length, stride=config["stride"])
-            columns = [[picture for clip, _ in clips for picture in clip[:length]]]
+            load = lambda path: next(data.load_rows([{"path": path}], config["size"], frames=length, stride=config["stride"]))[0]
+            columns = [[picture for row in held for picture in load(run / row["path"])[:length]]]
         columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held], length))))
         if not o.instr:                                     # how another edit is undone only its caption would say
             columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held], length))))
@@ -163,17 +163,19 @@ def main():
 
     def edit_clip(path, where):
         """Window by window; the noise that frames share is the same in all. Writes a sheet of the first window beside the clip."""
-        pairs = []
+        first = []
 
         def change(pictures):
             h, w = working_size(*pictures[0].shape[:2], model, vae, math.prod(config["size"]) ** .5)
             generator.manual_seed(o.seed)
             y = to_images(vae.decode(run_edit([data.crop(p, (h, w)) for p in pictures], [instr], len(pictures))))
-            pairs.append((pictures, y)) if not pairs else None
+            if not first:
+                first.extend((pictures, y))
             return [np.asarray(Image.fromarray(p).resize(pictures[0].shape[1::-1], Image.Resampling.LANCZOS), np.float32) for p in y]
         data.write_clip(where, windows(data.read_frames(path), length, change), like=path)
-        small = [[data.crop(p, y.shape[:2]) for p in pairs[0][0]] for y in pairs[0][1][:1]] + [list(pairs[0][1])]
-        data.write_image(where.with_name(where.stem[:50] + ".sheet.png"), contact_sheet(small))
+        pictures, y = first
+        small = [data.crop(p, y[0].shape[:2]) for p in pictures]
+        data.write_image(where.with_name(where.stem[:50] + ".sheet.png"), contact_sheet([small, y]))
 
     source = pathlib.Path(o.input)
     numbered = length > 1 and source.is_dir() and all(p.stem.isdigit() for p in source.iterdir())       # one clip's frames

@@ -60,7 +60,7 @@ def options():
     p.add_argument("--data", required=True, help="folder of images or clips; captions in metadata.jsonl or .txt, or tuples.jsonl")
     p.add_argument("--frames", type=int, help="frames of a clip that are edited together (default: 8 where --data holds clips, else 1)")
     p.add_argument("--stride", type=int, default=1, help="take every n-th frame of a clip")
-    p.add_argument("--shared-noise", type=float, default=.5, help="share of the noise's variance that the frames of a clip have in common")
+    p.add_argument("--shared-noise", type=float, default=1., help="share of the noise's variance that the frames of a clip have in common")
     p.add_argument("--init", help="begin with the editor of this run, e.g. of pictures for one of clips")
     p.add_argument("--instr", help='the edit, e.g. "make it winter"; not needed with tuples.jsonl')
     p.add_argument("--src", help="caption of every source (default: the image's own)")

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 RUN = ["train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--batch", "4", "--n", "2",
-       "--views", "2", "--identity-first", "5", "--held", "1"]
+       "--views", "2", "--identity-first", "5", "--held", "1", "--dtype", "fp32"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
 
 

@@ -282,9 +282,10 @@ def replacing(path):
             os.fsync(file.fileno())                         # on the disk before it takes the old one's place
         tmp.replace(path)
     except (OSError, SafetensorError) as error:             # a full disk, a folder one may not write to
+        raise UserError(f"{path} cannot be written ({error}); what was saved before is unharmed")
+    finally:                                                # nothing half done stays, also where a clip turns out broken midway
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error}); what was saved before is unharmed")
 
 
 def write(path, text):

@@ -104,6 +104,8 @@ def options():
     for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    if not 0 <= o.shared_noise <= 1:
+        p.error(f"--shared-noise must lie between 0 and 1, not {o.shared_noise}")
     if (o.frames > 1) != clips:
         p.error(f"--frames {o.frames}, but {o.data} holds {'clips' if clips else 'pictures, no clips'}")
     if o.batch % (RANKS * o.states):

@@ -61,8 +61,8 @@ def run(key, flags, seed, o):
     """One training and its examination. -> figures"""
     out = folder(key)
     resume = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
-    call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--every", 1000, "--seed", seed, "--out", out,
-         *flags.split(), *resume)
+    call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--dtype", "fp32", "--every", 1000, "--seed", seed,
+         "--out", out, *flags.split(), *resume)                   # float32: the same on any machine
     figures = json.loads(call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes).strip().splitlines()[-1])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()

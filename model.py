@@ -3,7 +3,8 @@
 - One set of weights, three roles, told apart by arguments only: model(x_t, t, prompt) is the frozen base (the teacher),
   model(x_t, t, prompt, source, adapter) is the editor, and with the averaged adapter it is the bootstrap.
 - The adapter is a plain dict of tensors: LoRA on every attention and MLP projection, plus a second, zero-initialised
-  patch projection through which the clean source latent is added to the noisy one. At step 0 editor and base agree.
+  patch projection through which the clean source latent is added to the noisy one, and a zero-initialised gate that mixes the
+  source into the clean prediction, place by place. At step 0 editor and base agree.
 - Key names and numbers are diffusers' (SD3Transformer2DModel); SD3, SD3.5-medium and -large differ by config only.
 - A clip is its frames, one after another in the batch: every layer of the base sees a frame alone. Between the frames of one place
   goes temporal attention, after each block; it too belongs to the adapter, and begins with a zero output.
@@ -209,8 +210,14 @@ class MMDiT(nn.Module):
             # non-reentrant: the reentrant kind drops the adapter's gradient where the inputs need none
             x, context = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
         scale, shift = self.norm_out(temb)
-        x = self.proj_out(modulate(x, shift, scale)).unflatten(1, (h, w)).unflatten(-1, (p, p, -1))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)          # (B, h, w, p, q, C) -> (B, C, H, W)
+        x = modulate(x, shift, scale)
+        unfold = lambda y: y.unflatten(1, (h, w)).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)     # noqa: E731
+        v = unfold(self.proj_out(x))                                            # (B, h*w, p*q*C) -> (B, C, H, W)
+        if source is None:
+            return v
+        # The gate m: how much of the clean prediction x_t - t v is the source itself. So copying need not be learnt.
+        m = unfold(F.linear(x, adapter["source_gate.weight"]))
+        return v + m * ((x_t - source) / t[:, None, None, None] - v)
 
 
 def sincos(d, size, base=1e4):
@@ -223,8 +230,8 @@ def sincos(d, size, base=1e4):
 
 # ---- the adapter -----------------------------------------------------------------------------------------------
 def new_adapter(model, rank, video=False):
-    """LoRA pairs (A random, B zero, so alpha = rank and no scale), the zero source projection and, for video, temporal attention of a
-    third of the width, in heads of 32, with a zero output; in float32."""
+    """LoRA pairs (A random, B zero, so alpha = rank and no scale), the zero source projection and gate and, for video, temporal attention
+    of a third of the width, in heads of 32, with a zero output; in float32."""
     adapter, device = {}, model.proj_out.weight.device
     for name, module in model.named_modules():
         # the last block's text queries cannot reach the picture: its text output is thrown away
@@ -233,6 +240,7 @@ def new_adapter(model, rank, video=False):
             adapter[name + ".lora_A.weight"] = torch.randn(r, module.in_features, device=device) / module.in_features ** .5
             adapter[name + ".lora_B.weight"] = torch.zeros(module.out_features, r, device=device)
     adapter["source_proj.weight"] = torch.zeros_like(model.pos_embed.proj.weight, dtype=torch.float32)
+    adapter["source_gate.weight"] = torch.zeros_like(model.proj_out.weight, dtype=torch.float32)
     for i in range(len(model.transformer_blocks) if video else 0):
         d, w = model.width, max(32, model.width // 96 * 32)
         adapter[f"transformer_blocks.{i}.temporal.qkv.weight"] = torch.randn(3 * w, d, device=device) / d ** .5
@@ -272,8 +280,8 @@ def merged(model, adapter):
 
 def key_in_file(name):
     """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
-    "lora" and reads those that begin with "transformer.", so what it does not know, source projection and temporal attention, is named to
-    be passed over."""
+    "lora" and reads those that begin with "transformer.", so what it does not know (the source's, temporal attention) is named to be
+    passed over."""
     return "transformer." + name if "lora_" in name else name.replace(".weight", ".beside_lora.weight")
 
 

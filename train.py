@@ -41,7 +41,7 @@ RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine", muon=False),
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=50, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
+                 identity_first=10, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
 CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1)}      # what differs for clips
 
@@ -79,7 +79,7 @@ def options():
             ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
             ("ema", float, "decay of the averaged adapter"), ("warmup", int, "steps until the full rate"),
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
-            ("source-rate", float, "learning rate of the source projection, in --lr"),
+            ("source-rate", float, "learning rate of what reads the source, in --lr"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
@@ -203,9 +203,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def new_optimizer(adapter, o):
-    """Muon or AdamW; the source projection, which alone starts from nothing, learns at o.source_rate times the rate."""
-    lora, kind = [p for k, p in adapter.items() if k != "source_proj.weight"], Muon if o.muon else torch.optim.AdamW
-    return kind([{"params": lora, "scale": 1.}, {"params": [adapter["source_proj.weight"]], "scale": o.source_rate}], weight_decay=1e-2)
+    """Muon or AdamW; what reads the source, which starts from nothing, learns at o.source_rate times the rate."""
+    source, kind = ("source_proj.weight", "source_gate.weight"), Muon if o.muon else torch.optim.AdamW
+    return kind([{"params": [p for k, p in adapter.items() if (k in source) == mine], "scale": scale}
+                 for mine, scale in ((False, 1.), (True, o.source_rate))], weight_decay=1e-2)
 
 
 def set_rate(opt, step, o):
@@ -302,7 +303,7 @@ def main():
     def save(step):
         write_tensors(out / "adapter.safetensors", {key_in_file(k): v for k, v in average.items()},
                       base=o.base, rank=o.rank, step=step, format="pt",
-                      note="nanoByG adapter: LoRA (alpha = rank) and source_proj; without source_proj it does not edit")
+                      note="nanoByG adapter: LoRA (alpha = rank), source_proj and source_gate; without these two it does not edit")
         moments = {f"{part}.{k}": v for k, p in adapter.items() for part, v in opt.state.get(p, {}).items()}
         write_tensors(out / "checkpoint.safetensors", {f"now.{k}": v for k, v in adapter.items()} | moments |
                       {f"avg.{k}": v for k, v in average.items()} | {"rng": rng.get_state()}, step=step)

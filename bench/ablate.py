@@ -119,7 +119,7 @@ def main():
     for seed in range(o.seeds):
         for name, (flags, paper) in TABLES[o.table].items():
             steps = int(flags.split()[1]) if flags.startswith("--steps") else o.steps
-            flags = f"--steps {steps} --identity-first {steps // 6} --warmup {steps // 15} " + flags.removeprefix(f"--steps {steps}")
+            flags = f"--steps {steps} --identity-first {steps // 30} --warmup {steps // 15} " + flags.removeprefix(f"--steps {steps}")
             key = f"{flags.strip()} --seed {seed} / {o.n} scenes of seed {o.scenes}"
             rows.setdefault(name, ([], paper))[0].append(key)
             todo.append((name, key, flags, seed))

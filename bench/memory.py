@@ -1,11 +1,15 @@
-"""What GPU memory a training step needs: computed, not measured.
+"""What a training step needs of a GPU, memory and time: computed, not measured. Writes bench/results/plan.md.
 
     python bench/memory.py                                                      # SD3.5-medium at 512 and 1024 pixels
     python bench/memory.py --base sd3-medium --size 512 --batch 1 --rank 64
 
-Runs the very step of train.py on fake tensors, which have a shape and no data, and adds up the bytes alive at every operation
+Memory: runs the very step of train.py on fake tensors, which have a shape and no data, and adds up the bytes alive at every operation
 (bf16 weights, the adapter, its average and AdamW's moments in float32, activations with checkpointing). What the allocator loses
-to fragmentation, the CUDA context (about half a GiB) and the libraries' workspaces come on top. The last line is one JSON object.
+to fragmentation, the CUDA context (about half a GiB) and the libraries' workspaces come on top.
+Time: a step of the paper's recipe is n forward passes of the rollout, 4 queries to the teacher, and two passes with gradient (edit and
+way back; identity is a third where it is drawn), each of 3 forward passes: the pass, again when its activations are needed, and the
+gradient's way to its inputs. Times the operations of one pass, at --efficiency of the card's published peak, which no run of ours on a
+GPU has confirmed. The last line is one JSON object.
 """
 import argparse
 import json
@@ -15,10 +19,13 @@ import weakref
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from losses import byg_loss, identity_loss  # noqa: E402
 from model import MMDiT, new_adapter  # noqa: E402
 from routing import time_grid  # noqa: E402
@@ -31,6 +38,8 @@ BASES = {
     "sd3.5-medium": SD3 | dict(pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
     "sd3.5-large": SD3 | dict(num_layers=38, num_attention_heads=38, qk_norm="rms_norm"),
 }
+# Makers' figures: bf16 with float32 sums, dense, in TFLOP/s, and GiB of memory.
+CARDS = {"RTX 3090": (71, 24), "RTX 4090": (165, 24), "L40S": (362, 45), "A100": (312, 80), "H100 SXM": (989, 80)}
 
 
 class Meter(TorchDispatchMode):
@@ -85,20 +94,43 @@ def step_memory(config, size, batch, rank, checkpointing=True, dtype=torch.bfloa
     return {"weights": round(weights / gib, 2), "adapter": round(5 * tensors / gib, 2), "peak": round(meter.peak / gib, 2)}
 
 
+def forward_tflop(config, size, rank):
+    """Operations (multiplications and additions) of the editor's forward pass over one picture of size x size pixels, in 10^12"""
+    with torch.device("meta"), FlopCounterMode(display=False) as count, sdpa_kernel(SDPBackend.MATH):    # the only one that it counts here
+        model = MMDiT(config).requires_grad_(False)
+        x = torch.randn(1, model.channels, size // 8, size // 8)
+        model(x, torch.ones(1), (torch.randn(1, 77, 2048), torch.randn(1, 2048)), x, new_adapter(model, rank))
+    return count.get_total_flops() / 1e12
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--base", default="sd3.5-medium", choices=BASES)
     p.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="pixels a side")
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 4])
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
     p.add_argument("--rank", type=int, default=64)
+    p.add_argument("--efficiency", type=float, default=.4, help="share of the peak that is reached: an assumption")
     o = p.parse_args()
-    table = {}
+    run, table, lines = RECIPES["paper"], {}, []
     for size in o.size:
+        one = forward_tflop(BASES[o.base], size, o.rank)
         for batch in o.batch:
-            table[f"{size}x{batch}"] = row = step_memory(BASES[o.base], size, batch, o.rank)
+            row = table[f"{size}x{batch}"] = step_memory(BASES[o.base], size, batch, o.rank)
+            row["tflop"] = round(batch * one * (run["n"] + 4 + 3 * (2 + run["identity_share"])), 1)
+            hours = [f"{run['steps'] * row['tflop'] / (o.efficiency * peak) / 3600:.0f} h" if row["peak"] + 1.5 < gib else "too large"
+                     for peak, gib in CARDS.values()]
+            lines.append(f"| {size} | {batch} | {row['peak']} | {row['tflop']} | {' | '.join(hours)} |")
             print(f"{o.base}, {size} pixels, batch {batch}, rank {o.rank}: weights {row['weights']} GiB, adapter and optimizer "
-                  f"{row['adapter']} GiB, peak {row['peak']} GiB (computed)", flush=True)
-    print(json.dumps({"base": o.base, "rank": o.rank, "gib": table}))
+                  f"{row['adapter']} GiB, peak {row['peak']} GiB, {row['tflop']} TFLOP a step (computed)", flush=True)
+    sizes, batches = (" ".join(map(str, a)) for a in (o.size, o.batch))
+    (ROOT / "bench" / "results" / "plan.md").write_text("\n".join([
+        f"`python bench/memory.py --base {o.base} --size {sizes} --batch {batches} --rank {o.rank} --efficiency {o.efficiency}`", "",
+        f"**Computed, not measured**: hours of the paper's {run['steps']:,} steps on one card, for {o.base} with rank {o.rank}, were every card to "
+        f"reach {100 * o.efficiency:.0f} % of its published peak (in brackets, TFLOP/s). Memory without the CUDA context and fragmentation, "
+        "for which 1.5 GiB are set aside.", "",
+        "| pixels | batch | GiB | TFLOP a step |" + "".join(f" {name} ({peak}) |" for name, (peak, _) in CARDS.items()),
+        "|---|---|---|---|" + "---|" * len(CARDS), *lines]) + "\n")
+    print(json.dumps({"base": o.base, "rank": o.rank, "steps": table}))
 
 
 if __name__ == "__main__":

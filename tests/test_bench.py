@@ -9,7 +9,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "bench"))
 import evaluate  # noqa: E402
-from memory import SD3, Meter, step_memory  # noqa: E402
+import readme  # noqa: E402
+from memory import SD3, Meter, forward_tflop, step_memory  # noqa: E402
 
 import edits  # noqa: E402
 import scenes  # noqa: E402
@@ -34,6 +35,21 @@ def test_checkpointing_saves_memory_and_weights_are_counted_exactly():
     with torch.device("meta"):
         weights = sum(v.numel() for v in MMDiT(config).state_dict().values()) * 2 / 2 ** 30
     assert again["peak"] < kept["peak"] and again["weights"] == kept["weights"] == pytest.approx(weights, abs=.01)
+
+
+def test_operations_are_counted_as_by_hand():
+    d, n, text, rank = 512, 256, 78, 4                      # 256 pixels: 256 image tokens
+    by_hand = 8 * (n + text) * 12 * d ** 2 * 2 + 8 * 4 * (n + text) ** 2 * d    # projections and MLP, attention
+    counted = forward_tflop(SD3 | dict(num_layers=8, num_attention_heads=8, qk_norm="rms_norm"), 256, rank) * 1e12
+    assert counted == pytest.approx(by_hand, rel=.1)        # the rest: embeddings, modulation, the adapter
+
+
+def test_the_readme_leads_somewhere(tmp_path):
+    assert readme.broken_links(ROOT / "README.md") == []
+    (tmp_path / "page.md").write_text("# One way\n[a](#one-way) [b](#another) [c](gone.md) [d](https://x.y) [e](page.md#one-way)")
+    assert readme.broken_links(tmp_path / "page.md") == ["#another", "gone.md"]
+    lines = readme.commands((ROOT / "README.md").read_text())
+    assert any(line.startswith("python train.py") for line in lines) and any(line.startswith("python sample.py") for line in lines)
 
 
 def test_an_exact_edit_is_a_success_and_an_untouched_picture_is_none():

@@ -1,0 +1,64 @@
+"""Does what the README says, as a newcomer would: in a fresh clone, in one shell, every command marked with <!-- runs -->, in order.
+
+    python bench/readme.py                                  # half an hour on two cores; the Python that has pip is enough
+    python bench/readme.py --only-links                     # a second: that every file and heading it links to is there
+
+Writes bench/work/readme.log. Exit code 1 where a command fails or a link leads nowhere.
+"""
+import argparse
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def commands(text):
+    """The lines of every marked block: <!-- runs -->, then indented lines."""
+    return [line.strip() for block in re.findall(r"<!-- runs -->\n((?:    .+\n)+)", text) for line in block.splitlines()]
+
+
+def broken_links(page):
+    """Relative links and pictures of a Markdown page that lead to no file, or to no heading of it."""
+    text = page.read_text("utf-8")
+    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+    links = [m for m in re.findall(r"\]\(([^)\s]+)\)", text) if not m.startswith("http")]
+    return [m for m in links if (m[1:] not in headings if m.startswith("#") else not (page.parent / m.split("#")[0]).exists())]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--only-links", action="store_true")
+    o = p.parse_args()
+    pages = [p for p in ROOT.rglob("*.md") if not {"work", "out", ".venv"} & set(p.relative_to(ROOT).parts)]
+    broken = [f"{page.relative_to(ROOT)}: {link}" for page in pages for link in broken_links(page)]
+    print("\n".join(["links that lead nowhere:", *broken] if broken else [f"every link in {len(pages)} pages leads somewhere"]))
+    if o.only_links:
+        return bool(broken)
+    lines, log = commands((ROOT / "README.md").read_text("utf-8")), ROOT / "bench" / "work" / "readme.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, open(log, "wb") as out:
+        clone = pathlib.Path(folder) / "nanobyg"
+        subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+        shell = subprocess.Popen(["bash", "-e"], cwd=clone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
+        for line in lines:                                  # the shell stays the same: an activated environment stays active
+            begun = time.time()
+            try:
+                shell.stdin.write(f"{{ {line}\n}} >&2 </dev/null\necho done\n")
+                shell.stdin.flush()
+            except BrokenPipeError:
+                pass
+            good = shell.stdout.readline() == "done\n"
+            print(f"{'ok' if good else 'FAILED'}  {time.time() - begun:5.0f} s  {line}", flush=True)
+            if not good:
+                print(f"see {log}", file=sys.stderr)
+                return 1
+        shell.stdin.close()
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

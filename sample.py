@@ -54,6 +54,16 @@ def contact_sheet(columns, gap=4):
     return page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST)
 
 
+def write_sheets(path, columns, frames):
+    """contact_sheet as a picture or, where every `frames` pictures of a column are a clip, as an animated one. -> the middle frame's sheet"""
+    sheets = [np.asarray(contact_sheet([column[i::frames] for column in columns])) for i in range(frames)]
+    if frames > 1:
+        data.write_clip(path, [(sheet, i / 8) for i, sheet in enumerate(sheets)])
+    else:
+        data.write_image(path, sheets[0])
+    return sheets[frames // 2]
+
+
 def working_size(h, w, model, vae, limit):
     """The size an h x w picture is edited at: its aspect, about limit x limit pixels, whole patches of the base."""
     unit = model.patch * vae.factor
@@ -153,11 +163,7 @@ def main():
         columns.append(to_images(vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held], length))))
         if not o.instr:                                     # how another edit is undone only its caption would say
             columns.append(to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held], length))))
-        sheets = [contact_sheet([column[i::length] for column in columns]) for i in range(length)]
-        if length == 1:
-            data.write_image(target, sheets[0])
-        else:
-            data.write_clip(target, [(np.asarray(sheet), i / 8) for i, sheet in enumerate(sheets)])
+        write_sheets(target, columns, length)
         asked = '", "'.join(dict.fromkeys(o.instr or row["instr"] for row in held))
         return print(f'"{asked}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if not o.instr else ""})')
 

@@ -33,7 +33,7 @@ from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
 from model import UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, noise, time_grid
-from sample import contact_sheet, edit, working_size
+from sample import edit, working_size, write_sheets
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
@@ -317,11 +317,9 @@ def main():
                 y = edit(model, average, x, prompt(ids["instr"][frames]), eps, time_grid(20, shift), o.frames)
                 back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
             pictures = [np.concatenate([to_images(vae.decode(part)) for part in a.split(8)]) for a in (x, y, back)]
-        sheets = [contact_sheet([p[i::o.frames] for p in pictures]) for i in range(o.frames)]
-        if o.frames > 1:
-            data.write_clip(out / "samples" / "latest.webp", [(np.asarray(sheet), i / 8) for i, sheet in enumerate(sheets)])
+        sheet = write_sheets(out / "samples" / f"latest.{'webp' if o.frames > 1 else 'png'}", pictures, o.frames)
         for name in (f"{step:06d}.png", "latest.png"):
-            data.write_image(out / "samples" / name, sheets[o.frames // 2])
+            data.write_image(out / "samples" / name, sheet)
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
         if step > o.identity_first and not .02 < change < 1.5:
             what, advice = ("is nearly the source", "raise --prior") if change < 1 else ("has lost the source", "raise --cycle or --identity")

@@ -1,8 +1,8 @@
 """What each part of the method does: the paper's Table 4 on the embedded base, routings, sweeps, and quality against steps.
 
-    python bench/ablate.py ablation --seeds 3 --steps 100         # an hour on two cores; goes on where it was stopped
-    python bench/ablate.py routing --seeds 3 --steps 100          # rows that another table has are not run again
-    python bench/ablate.py sweeps --seeds 1 --steps 100
+    python bench/ablate.py ablation --seeds 3 --steps 80          # an hour on two cores; goes on where it was stopped
+    python bench/ablate.py routing --seeds 3 --steps 80          # rows that another table has are not run again
+    python bench/ablate.py sweeps --seeds 1 --steps 80
     python bench/ablate.py steps --seeds 3
 
 Every row is the README's own run ("make it winter", shortened, its phases in proportion) with one thing changed, for several training
@@ -109,7 +109,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("table", choices=TABLES)
     p.add_argument("--seeds", type=int, default=3, help="training seeds")
-    p.add_argument("--steps", type=int, default=100, help="optimizer steps of every run")
+    p.add_argument("--steps", type=int, default=80, help="optimizer steps of every run")
     p.add_argument("--n", type=int, default=100, help="held-out scenes")
     p.add_argument("--scenes", type=int, default=909, help="seed of the scenes")
     o = p.parse_args()

@@ -107,7 +107,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--base", default="sd3.5-medium", choices=BASES)
     p.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="pixels a side")
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 4])
     p.add_argument("--rank", type=int, default=64)
     p.add_argument("--efficiency", type=float, default=.4, help="share of the peak that is reached: an assumption")
     o = p.parse_args()

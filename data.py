@@ -369,7 +369,7 @@ tags: [image-to-image, lora, bootstrap-your-generator, unpaired]
 Trained without pairs by nanoByG: `{made["command"]}`
 
 Use: `python sample.py --run {o.out} --input picture.png --output edited.png{"" if o.instr else ' --instr "make it winter"'}`. The adapter
-holds a source projection besides its LoRA; other tools may load the LoRA, but cannot edit with it.
+holds the source's projection and gate besides its LoRA; other tools may load the LoRA, but cannot edit with it.
 
 Made with seed {o.seed}, nanoByG {made["commit"]}, torch {made["torch"]}, Python {made["python"]}, {made["machine"]};
 data {made["fingerprint"]}.

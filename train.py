@@ -204,9 +204,9 @@ class Muon(torch.optim.Optimizer):
 
 def new_optimizer(adapter, o):
     """Muon or AdamW; what reads the source, which starts from nothing, learns at o.source_rate times the rate."""
-    source, kind = ("source_proj.weight", "source_gate.weight"), Muon if o.muon else torch.optim.AdamW
-    return kind([{"params": [p for k, p in adapter.items() if (k in source) == mine], "scale": scale}
-                 for mine, scale in ((False, 1.), (True, o.source_rate))], weight_decay=1e-2)
+    kind = Muon if o.muon else torch.optim.AdamW
+    return kind([{"params": [p for k, p in adapter.items() if k.startswith("source_") == source], "scale": scale}
+                 for source, scale in ((False, 1.), (True, o.source_rate))], weight_decay=1e-2)
 
 
 def set_rate(opt, step, o):

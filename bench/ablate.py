@@ -1,7 +1,7 @@
 """What each part of the method does: the paper's Table 4 on the embedded base, routings, sweeps, and quality against steps.
 
     python bench/ablate.py ablation --seeds 3 --steps 80          # an hour on two cores; goes on where it was stopped
-    python bench/ablate.py routing --seeds 3 --steps 80          # rows that another table has are not run again
+    python bench/ablate.py routing --seeds 3 --steps 80           # rows that another table has are not run again
     python bench/ablate.py sweeps --seeds 1 --steps 80
     python bench/ablate.py steps --seeds 3
 

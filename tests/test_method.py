@@ -101,6 +101,21 @@ def test_at_step_0_the_editor_is_the_base_bit_for_bit(world):
         assert torch.equal(model(eps, ts[k], prompts["instr"], x, fresh), model(eps, ts[k], prompts["instr"]))
 
 
+def test_the_gate_mixes_the_source_into_the_clean_prediction(world):
+    """So a source that is the prediction changes nothing, whatever the gate; another changes it in proportion to the gate."""
+    model, adapter, x, eps, prompts, *_ = world
+    adapter, t = {k: v.detach() for k, v in adapter.items()}, torch.tensor([.3, .6, 1.])
+    s = t[:, None, None, None]
+    ask = lambda x, gate: model(eps, t, prompts["instr"], x, adapter | {           # noqa: E731
+        "source_proj.weight": torch.zeros_like(adapter["source_proj.weight"]), "source_gate.weight": gate * adapter["source_gate.weight"]})
+    v = ask(x, 0.)
+    assert torch.allclose(ask(eps - s * v, 1.), v, atol=1e-5)
+    moved = ask(x, 1.) - v
+    assert moved.abs().max() > .1 and torch.allclose(ask(x, 2.) - v, 2 * moved, atol=1e-4)
+    share = moved * s / (eps - s * v - x)                                           # m, which no source moves
+    assert torch.allclose((ask(0 * x, 1.) - v) * s, share * (eps - s * v), atol=1e-3)
+
+
 def test_the_merged_adapter_is_the_low_rank_detour_and_carries_its_gradient(world):
     """W + B A against W x + B (A x), values and gradients of every tensor."""
     model, adapter, x, eps, prompts, k, ts = world

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT  # noqa: F401  (puts the repository on the path)
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -26,9 +26,11 @@ def run(tmp_path_factory):
     for step, edit in ((0, GREY), (100, GREEN)):
         write_sheets(out / "samples" / f"{step:06d}.png", [flat(RED), flat(edit), flat(BLUE)], 1)
     held = [{"path": "a.png", "src": "a house </script><b>", "tgt": "b", "instr": "make it <i>winter</i>", "undo": "make it summer"}] * 2
-    config = {"instr": "make it <i>winter</i>", "steps": 100, "base": "tiny", "seed": 0, "size": [64, 64], "held": held, "made": {"command": "python train.py"}}
+    config = {"instr": held[0]["instr"], "steps": 100, "base": "tiny", "seed": 0, "size": [64, 64], "held": held,
+              "made": {"command": "python train.py"}}
     (out / "config.json").write_text(json.dumps(config))
-    lines = [{"step": i, "lr": .01, "norm": 1., "cycle": 1 / i, "prior": 2 / i, "cos": 1 - 1 / i} | ({"identity": .5} if i % 4 == 0 else {}) for i in range(1, 101)]
+    lines = [{"step": i, "lr": .01, "norm": 1., "cycle": 1 / i, "prior": 2 / i, "cos": 1 - 1 / i} | ({} if i % 4 else {"identity": .5})
+             for i in range(1, 101)]
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     data.page(out)
     return out
@@ -96,3 +98,12 @@ def test_it_fits_a_phone(browser):
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     low = browser.execute_script("return Math.min(...[...document.querySelectorAll('input')].map(e => e.getBoundingClientRect().height))")
     assert low >= 24                                                            # WCAG 2.2's smallest target, in CSS pixels
+
+
+def test_what_was_measured_is_a_page_too(browser):
+    browser.get((ROOT / "bench" / "results" / "index.html").as_uri())
+    tables = [p.read_text().count("\n|") - 1 for p in sorted((ROOT / "bench" / "results").glob("*.md"))]       # rows, without the rule
+    assert [len(t.find_elements("css selector", "tr")) for t in browser.find_elements("css selector", "table")] == tables
+    pictures = browser.find_elements("css selector", "img")
+    assert len(pictures) == len(list((ROOT / "bench" / "results").glob("*.png"))) > 0
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")

@@ -297,6 +297,7 @@ def write(path, text):
 def write_tensors(path, tensors, **meta):
     with replacing(path) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
+        tmp.chmod(0o644)                                    # safetensors' files can be read by their owner alone
 
 
 def write_image(path, picture):

@@ -106,14 +106,17 @@ def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
         prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
         if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction
             prior = F.mse_loss(v_fwd, v_tgt)
+    loss, figures = o.prior * prior, {"prior": prior.detach(), "cos": cos}          # Eq. 5
+    reverse = o.reverse if o.cue != "delta" else 0          # the reverse cue: captions swapped
+    if not (o.cycle or reverse):
+        return loss, figures
+
     if o.routing == "backprop":
         y_0 = own_rollout(adapter)[1]
-
     v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter, o.frames).float()     # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)
-    loss = o.cycle * cycle + o.prior * prior                        # Eq. 5
-    figures = {"cycle": cycle.detach(), "prior": prior.detach(), "cos": cos}
-    if o.cue != "delta" and o.reverse:                              # the reverse cue: captions swapped
+    loss, figures["cycle"] = loss + o.cycle * cycle, cycle.detach()
+    if reverse:
         prior_rev, figures["cos_rev"] = cosine_cue(v_rev, u[1], u[0], o.alpha)
-        loss, figures["prior_rev"] = loss + o.reverse * prior_rev, prior_rev.detach()
+        loss, figures["prior_rev"] = loss + reverse * prior_rev, prior_rev.detach()
     return loss, figures

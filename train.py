@@ -16,10 +16,7 @@ import math
 import os
 import pathlib
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -143,26 +140,6 @@ def cut_log(file, step):
     write(file, "".join(line for line in lines[:step] if line.endswith("}\n")))
 
 
-def start_second():
-    """On a processor two processes, each with half of the threads and of the batch, are faster than one with all: small operations
-    do not parallelise. Starts rank 1 with our own command line and becomes rank 0; when one dies, the other ends, too."""
-    global RANKS
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]              # a free one; closed again at once
-    torch.set_num_threads(threads := torch.get_num_threads() // 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "0", "OMP_NUM_THREADS": str(threads)}
-    second = subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {"RANK": "1", "BYG_SECOND": "1"}, stdin=subprocess.PIPE)
-    if hasattr(os, "sched_setaffinity"):                                        # Linux: each on cores of its own, a sixth faster
-        for pid, cores in ((0, sorted(os.sched_getaffinity(0))[::2]), (second.pid, sorted(os.sched_getaffinity(0))[1::2])):
-            os.sched_setaffinity(pid, cores)
-
-    def watch():
-        if second.wait() and (time.sleep(10) or not dist.is_initialized()):     # where both fail, we say why; later `share` notices
-            print("train.py: the second process ended before training began; set OMP_NUM_THREADS=1 to do without it", file=sys.stderr)
-            os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-    RANKS = 2
-
-
 def share(tensors):
     """Replaces each tensor by its mean over the ranks of torchrun: the gradient of the whole batch."""
     if RANKS > 1:
@@ -239,8 +216,6 @@ def restore(path, adapter, average, opt, rng):
 def main():
     silent = int(os.environ.get("LOCAL_RANK", RANK))                            # one rank of a machine speaks for all
     quiet = contextlib.redirect_stderr(open(os.devnull, "w")) if silent else contextlib.nullcontext()
-    if "BYG_SECOND" in os.environ:                                              # the pipe closes when rank 0 ends, however it ends
-        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     with quiet:
         o, paths = options()
@@ -252,8 +227,6 @@ def main():
         lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        elif RANKS == 1 and o.base == "tiny" and o.batch % (2 * o.states) == 0 and torch.get_num_threads() > 1:
-            start_second()
         amp = precision(o.dtype, device)
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))

@@ -65,29 +65,35 @@ def identity_loss(model, adapter, x, x_t, t, v, undo, frames=1):
     return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
 
 
-def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o):
+def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o, lead=False):
     """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
 
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
     pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for
     each sample; average: the averaged adapter of the bootstrap; o: options frames (samples that are one clip), states, routing, bootstrap,
-    cue, alpha, guidance, cycle, prior, reverse. -> loss, dict of figures
+    cue, alpha, guidance, cycle, prior, reverse; lead: the rollout follows the delta cue, not the editor. -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
     s = t[:, None, None, None]
     x_t = (1 - s) * x + s * eps
     first = slice(len(x) // o.states)                       # the trajectories; the rest of the batch are more states of the same
+    part = lambda p: tuple(a[first] for a in p)
+    w = None if o.guidance == 1 else o.guidance
 
     def own_rollout(a):
-        return rollout(lambda y, t: model(y, t, tuple(p[first] for p in instr), x[first], a, o.frames), eps[first], ts, k.to(x.device))
+        return rollout(lambda y, t: model(y, t, part(instr), x[first], a, o.frames), eps[first], ts, k.to(x.device))
+
+    def by_cue(y, t):                                       # the velocity that delta_cue asks for at y, without fresh noise
+        here = torch.lerp(x[first], eps[first], t[:, None, None, None])
+        v = teacher(model, [((here, t), part(src), None), ((y, t), part(tgt), w and fade(w, t))], part(prompts["null"]))
+        return eps[first] - x[first] + delta_change(*v, x[first], here, y, t)
 
     if o.bootstrap:
         with torch.no_grad():
-            y_t, y_0 = own_rollout(average)
+            y_t, y_0 = rollout(by_cue, eps[first], ts, k.to(x.device)) if lead else own_rollout(average)
     else:
         y_t = x_t                                           # the ablation: the editor only ever meets the noised source
-    w = None if o.guidance == 1 else o.guidance
     if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
         at_x, at_y = ((z + s * (eps_cue - eps), t) for z in (x_t, y_t))
         v_src, v_tgt = teacher(model, [(at_x, src, None), (at_y, tgt, w and fade(w, t))], prompts["null"])

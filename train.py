@@ -36,9 +36,9 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine", muon=False),
+                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., lead=0., cue="cosine", muon=False),
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=10, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
+                 identity_first=10, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., lead=0., cue="delta", muon=True),
 }
 CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1)}      # what differs for clips
 
@@ -76,6 +76,7 @@ def options():
             ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
             ("ema", float, "decay of the averaged adapter"), ("warmup", int, "steps until the full rate"),
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
+            ("lead", float, "share of steps whose rollout follows the delta cue itself, so that there are edits to learn from at once"),
             ("source-rate", float, "learning rate of what reads the source, in --lr"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
@@ -101,6 +102,8 @@ def options():
     for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    if o.lead and (o.cue != "delta" or not o.bootstrap):
+        p.error("--lead needs --cue delta and --bootstrap")
     if not 0 <= o.shared_noise <= 1:
         p.error(f"--shared-noise must lie between 0 and 1, not {o.shared_noise}")
     if (o.frames > 1) != clips:
@@ -336,8 +339,9 @@ def main():
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:
+                lead = o.lead > 0 and torch.rand((), generator=rng).item() < o.lead
                 with autocast:
-                    loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o)
+                    loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, lead)
                 scaler.scale(loss / o.accumulate).backward()
                 figures |= {a: v.item() for a, v in parts.items()}
         share([p.grad for p in params])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+import losses
 from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, identity_loss, teacher
 from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
@@ -214,6 +215,23 @@ def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():
     loss, cos = delta_cue(v_x + change, v_x, change)
     assert loss == 0 and cos > .999
     assert delta_cue(v_x, v_x, change)[0] > .5
+
+
+def test_a_led_rollout_follows_the_cue_and_not_the_editor(world, monkeypatch):
+    model, adapter, x, eps, prompts, k, ts = world
+    ends, options = [], argparse.Namespace(**vars(OPTIONS) | {"guidance": 1.})
+    monkeypatch.setattr(losses, "rollout", lambda *a: ends.append(rollout(*a)) or ends[-1])
+    for average in (adapter, {n: 0 * v for n, v in adapter.items()}):
+        byg_loss(model, adapter, average, x, prompts, eps, eps, k, ts, options, lead=True)
+    y = eps
+    with torch.no_grad():
+        for t, t_next in zip(ts[:-1], ts[1:]):
+            here, times = (1 - t) * x + t * eps, t.repeat(B)
+            change = delta_change(model(here, times, prompts["src"]), model(y, times, prompts["tgt"]), x, here, y, times)
+            y = y - (t - t_next) * (eps - x + change)
+    for y_t, y_0 in ends:
+        torch.testing.assert_close(y_0, y, rtol=1e-4, atol=1e-4)
+        assert torch.equal(y_t[0], eps[0]) and not torch.equal(y_t[1], y_0[1])     # nodes 0 and 2 of 5
 
 
 def test_guidance_fades_with_noise():

@@ -20,7 +20,7 @@ from data import derive  # noqa: E402
 
 # How often each kind of edit is met, and what is kept from training to see whether the editor understands words: two values
 # that it is never asked for (as instruction or undo), one style that is never a source.
-EDITS = {"season": .22, "time": .2, "weather": .22, "house": .2, "style": .08, "trees": .08}
+EDITS = {"season": .22, "time": .2, "weather": .22, "house": .26, "style": .06, "trees": .04}
 NEVER = {"season": "autumn", "house": "purple"}
 UNSEEN_STYLE = "blueprint"
 

@@ -1,6 +1,6 @@
 """Edits pictures and clips with a trained adapter, or draws from a base.
 
-    python sample.py                                                        # what the last run held back
+    python sample.py                                                        # what the last run held back, or the embedded examples
     python sample.py --input photo.jpg --instr "make it winter" --output x.png
     python sample.py --input folder/ --output edited/
     python sample.py --input clip.mp4 --output edited.mp4                   # or .webp, .gif, a folder of numbered frames
@@ -18,8 +18,10 @@ from PIL import Image
 
 import data
 from frozen.vae import to_images, to_pixels
-from model import UserError, choose_base, load_adapter, load_base, merged, read_json
+from model import ROOT, UserError, choose_base, load_adapter, load_base, merged, read_json
 from routing import integrate, noise, time_grid
+
+EDITOR = ROOT / "tiny" / "editor"
 
 
 def edit(model, adapter, x, prompt, eps, ts, frames=1):
@@ -103,7 +105,7 @@ def read_run(folder):
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", default="out", help="folder that train.py wrote")
+    p.add_argument("--run", help="folder that train.py wrote (default: out; before there is one, the embedded editor)")
     p.add_argument("--input", help="image, clip or folder of them (default: what the run held back)")
     p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or as the input)")
     p.add_argument("--frames", type=int, help="of a clip that are edited together (default: as in training)")
@@ -129,7 +131,7 @@ def main():
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run)
+    run = pathlib.Path(o.run or ("out" if pathlib.Path("out/adapter.safetensors").exists() else EDITOR))
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
                         '--instr "make it winter"), or name its folder with --run', 2)

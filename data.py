@@ -4,6 +4,7 @@ Captions come from metadata.jsonl (file_name, text) or, where that has none, fro
 most to least specific: a line of tuples.jsonl (file_name, src, tgt, instr, undo); the command line; a small grammar.
 And the other way: files that are written whole or not at all, a run's card and page.
 """
+import argparse
 import contextlib
 import itertools
 import json
@@ -17,6 +18,7 @@ import struct
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -24,6 +26,7 @@ import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from model import ROOT, UserError, read_json, why
 
@@ -59,7 +62,7 @@ def _swap(old, new, text):
     return re.sub(rf"\b{re.escape(old)}\b", lambda _: new, text, count=1, flags=re.I)
 
 
-def derive(instr, caption):
+def derive(instr: str, caption: str) -> tuple[str, str] | None:
     """The grammar: an instruction and a caption -> (tgt, undo), or None where the caption already says what is asked for.
 
     "make it winter", "a house in summer" -> "a house in winter", "make it summer". The undo is always self-contained.
@@ -84,7 +87,7 @@ def derive(instr, caption):
     return f"{caption} with {wish}" if instr.lower().startswith(("add", "put")) else f"{caption}, {wish}", f"make it {caption}"
 
 
-def read_jsonl(path, fields):
+def read_jsonl(path: pathlib.Path, fields: Iterable[str]) -> dict[str, dict]:
     """A JSON-lines file as {file_name: line}. Every line needs file_name and `fields`, all strings."""
     rows = {}
     for n, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
@@ -102,7 +105,7 @@ def read_jsonl(path, fields):
     return rows
 
 
-def animated(path):
+def animated(path: pathlib.Path) -> bool:
     """Whether a picture file holds several frames."""
     if path.suffix.lower() not in (".gif", ".webp", ".png"):
         return False
@@ -113,7 +116,7 @@ def animated(path):
         return False
 
 
-def find(folder, frames=None):
+def find(folder: str | pathlib.Path, frames: int | None = None) -> tuple[list[pathlib.Path], bool]:
     """The pictures, or the clips, of a folder and below, sorted, relative to it. -> paths, whether they are clips
 
     Clips are videos, animated pictures and, where frames says that clips are wanted, folders of numbered pictures. With frames = 1 all
@@ -134,7 +137,8 @@ def find(folder, frames=None):
     return sorted(paths), bool(clips)
 
 
-def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None):
+def read_prompts(folder: str | pathlib.Path, paths: list[pathlib.Path], instr: str | None = None, src: str | None = None, tgt: str | None = None,
+                 undo: str | None = None) -> list[dict]:
     """-> list of dicts with path, src, tgt, instr, undo; prints what was found and what was derived."""
     folder = pathlib.Path(folder)
     tuples, captions = folder / "tuples.jsonl", folder / "metadata.jsonl"
@@ -169,7 +173,7 @@ def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None):
     return rows
 
 
-def crop(picture, size, zoom=1., at=(.5, .5), mirrored=False):
+def crop(picture: np.ndarray, size: tuple[int, int], zoom: float = 1., at: tuple[float, float] = (.5, .5), mirrored: bool = False) -> np.ndarray:
     """picture (H, W, 3) uint8, cropped to the aspect of size (h, w) and resized with antialiasing; the crop is `zoom` times the
     largest possible, `at` places it (0: left or top, 1: right or bottom). -> (h, w, 3) uint8"""
     img = Image.fromarray(picture)
@@ -179,7 +183,7 @@ def crop(picture, size, zoom=1., at=(.5, .5), mirrored=False):
     return np.asarray(ImageOps.mirror(img) if mirrored else img)
 
 
-def upright(img):
+def upright(img: Image.Image) -> Image.Image:
     """A PIL image as it is to be seen: EXIF's turn done, transparent on white, 16 bit and float greyscale scaled. -> (h, w, 3) uint8"""
     img = ImageOps.exif_transpose(img)
     if img.mode.startswith(("I", "F")):
@@ -193,7 +197,7 @@ def upright(img):
     return np.asarray(img.convert("RGB"))
 
 
-def load_image(path, size=None):
+def load_image(path: pathlib.Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """One picture; with size (h, w) the largest centred `crop`. -> (h, w, 3) uint8. Raises UserError where it cannot be read."""
     try:
         with warnings.catch_warnings():
@@ -213,7 +217,7 @@ def with_av(path):
         raise UserError(f"{path}: videos need PyAV: pip install av; or use an animated WebP or GIF, or a folder of numbered pictures")
 
 
-def read_frames(path):
+def read_frames(path: pathlib.Path) -> Iterator[tuple[np.ndarray, float]]:
     """Yields a clip's frames, one at a time, as (picture (h, w, 3) uint8, seconds from the beginning). Numbered pictures: eight a second.
     Raises UserError where it cannot be read, also after some frames."""
     path = pathlib.Path(path)
@@ -247,7 +251,8 @@ def read_frames(path):
 LONGEST = 128                                               # frames of a clip that training takes, its first
 
 
-def load_rows(rows, size, views=1, seed=0, frames=1, stride=1):
+def load_rows(rows: list[dict], size: tuple[int, int], views: int = 1, seed: int = 0, frames: int = 1,
+              stride: int = 1) -> Iterator[tuple[np.ndarray, dict]]:
     """Yields every row's picture as (views, h, w, 3) uint8, and the row; the unreadable are left out with a warning. The first view is
     the picture, the others are random crops of .8 to 1 of it, half of them mirrored. One at a time: a large folder needs no memory.
     frames above 1: clips, (T, h, w, 3), every stride-th frame; those with less than `frames` of these are left out."""
@@ -272,7 +277,7 @@ def load_rows(rows, size, views=1, seed=0, frames=1, stride=1):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary name beside path; what was written there becomes path, which is complete or as it was before."""
     tmp = path.with_name(f"{path.stem[:50]}{path.suffix}.tmp")      # no longer than path's own, which may be as long as names can be
     try:
@@ -288,19 +293,19 @@ def replacing(path):
             tmp.unlink(missing_ok=True)
 
 
-def write(path, text):
+def write(path: pathlib.Path, text: str | dict) -> None:
     """Text, or data as JSON."""
     with replacing(path) as tmp:
         tmp.write_text(text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8")
 
 
-def write_tensors(path, tensors, **meta):
+def write_tensors(path: pathlib.Path, tensors: dict[str, Tensor], **meta) -> None:
     with replacing(path) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
         tmp.chmod(0o644)                                    # safetensors' files can be read by their owner alone
 
 
-def write_image(path, picture):
+def write_image(path: str | pathlib.Path, picture: np.ndarray | Image.Image) -> None:
     """picture (h, w, 3) uint8 or a PIL image; the suffix says the format."""
     path = pathlib.Path(path)
     if (kind := Image.registered_extensions().get(path.suffix.lower())) not in Image.SAVE:
@@ -309,7 +314,7 @@ def write_image(path, picture):
         (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(tmp, kind)
 
 
-def write_clip(path, frames, like=None):
+def write_clip(path: str | pathlib.Path, frames: Iterable[tuple[np.ndarray, float]], like: pathlib.Path | None = None) -> None:
     """frames: an iterable of (picture (h, w, 3) uint8, seconds), of at least one, as read_frames yields them. The suffix says the format,
     none is a folder of numbered pictures. A video is written frame by frame, with the rate and the sound of the video `like`."""
     path = pathlib.Path(path)
@@ -353,14 +358,14 @@ def write_clip(path, frames, like=None):
 
 
 # ---- what a run leaves to read ------------------------------------------------------------------------------------
-def origin():
+def origin() -> dict[str, str]:
     """What a run was made of. -> dict of command, commit, versions"""
     git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {"command": f"python {shlex.join(sys.argv)}", "commit": git or "unknown", "python": platform.python_version(),
             "torch": torch.__version__, "machine": platform.machine()}
 
 
-def card(o, made):
+def card(o: argparse.Namespace, made: dict[str, str]) -> str:
     return f"""---
 base_model: {o.base}
 tags: [image-to-image, lora, bootstrap-your-generator, unpaired]
@@ -379,7 +384,7 @@ data {made["fingerprint"]}.
 """
 
 
-def page(out):
+def page(out: pathlib.Path) -> None:
     """Writes index.html, which opens from disk: pictures over the steps, curves, prompts. The template is bench/page.html."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
     run = {"config": read_json(out / "config.json"), "log": log[::-max(1, len(log) // 1000)][::-1],

@@ -1,11 +1,15 @@
 """The three signals of ByG and the step that adds them up (Algorithm 1, Eq. 2 to 5)."""
+import argparse
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from model import Adapter, MMDiT, Prompt
 from routing import rollout, route
 
 
-def cosine_cue(v, v_src, v_tgt, alpha):
+def cosine_cue(v: Tensor, v_src: Tensor, v_tgt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """The paper's cue, Eq. 2: 1 - cos(v - v_src, d) + alpha mean (v - v_tgt)^2, with d = v_tgt - v_src what the text changes.
     All (B, C, H, W) -> loss, mean cosine in [-1, 1]"""
     v, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_src, v_tgt))
@@ -13,13 +17,13 @@ def cosine_cue(v, v_src, v_tgt, alpha):
     return 1 - cos + alpha * F.mse_loss(v, v_tgt), cos.detach()
 
 
-def fade(guidance, t):
+def fade(guidance: float, t: Tensor) -> Tensor:
     """The target's guidance at t: full below .72, none above .92. Measured to be better (bench/cue.py); our reading: up there
     the base hardly sees the house, and guidance amplifies what it imagines instead (in sampling: arXiv 2404.07724). t (B,) -> (B, 1, 1, 1)"""
     return 1 + (guidance - 1) * ((.92 - t[:, None, None, None]) / .2).clamp(0, 1)
 
 
-def delta_change(v_src, v_tgt, x, x_t, y_t, t):
+def delta_change(v_src: Tensor, v_tgt: Tensor, x: Tensor, x_t: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
     """What the text changes, as the difference of two errors: the edit is right when the base errs on it as it errs on the source.
 
     The base's v_src is a blurry mean while the editor sees a sharp source: measured from v_src even the perfect edit is not
@@ -35,7 +39,7 @@ def delta_change(v_src, v_tgt, x, x_t, y_t, t):
     return d / (d + e) * (v_tgt - v_src)
 
 
-def delta_cue(v, v_x, change):
+def delta_cue(v: Tensor, v_x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
     """The cue of the embedded recipe: v must be v_x, which leads back to the source, plus the wanted change.
     v, v_x, change (B, C, H, W) -> loss, mean cosine of the edit with the change in [-1, 1]"""
     cos = F.cosine_similarity((v - v_x).flatten(1), change.flatten(1), dim=1)
@@ -43,7 +47,7 @@ def delta_cue(v, v_x, change):
 
 
 @torch.no_grad()
-def teacher(model, queries, null):
+def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
     """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch: v = v(null) + w (v(p) - v(null)).
 
     w, the same for all queries of a state, is a number or (B, 1, 1, 1); None: v(p) alone. v(null) is asked once for a state and, of
@@ -60,12 +64,13 @@ def teacher(model, queries, null):
     return v[:len(queries)]
 
 
-def identity_loss(model, adapter, x, x_t, t, v, undo, frames=1):
+def identity_loss(model: MMDiT, adapter: Adapter, x: Tensor, x_t: Tensor, t: Tensor, v: Tensor, undo: Prompt, frames: int = 1) -> Tensor:
     """The source already satisfies the reverse instruction, so nothing may change."""
     return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
 
 
-def byg_loss(model, adapter, average, x, prompts, eps, eps_cue, k, ts, o, lead=False):
+def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompts: dict[str, Prompt], eps: Tensor, eps_cue: Tensor, k: Tensor,
+             ts: Tensor, o: argparse.Namespace, lead: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
 
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,

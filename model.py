@@ -21,12 +21,14 @@ import sys
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from frozen.text import CLIPText, Text, Tokenizer
 from frozen.vae import VAE
 
+Adapter = dict[str, Tensor]                         # new_adapter says what is in it
+Prompt = tuple[Tensor, Tensor]                      # context (B, L, D_text), pooled (B, P)
 ROOT = pathlib.Path(__file__).resolve().parent
 T5_ZEROS = 256                                      # diffusers' default max_sequence_length
 NAMED = {                                           # bases one can ask for by a short name
@@ -42,13 +44,13 @@ class Linear(nn.Linear):
     """A linear layer that adds the low-rank path B A x where an adapter is given, or takes the weight W + B A that `merged` made."""
     name = ""                                       # within the block; set by MMDiT
 
-    def forward(self, x, adapter):
+    def forward(self, x: Tensor, adapter: Adapter) -> Tensor:
         y = F.linear(x, adapter.get(self.name + ".weight", self.weight), self.bias)
         down = adapter.get(self.name + ".lora_A.weight")
         return y if down is None else y + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
 
 
-def modulate(x, shift, scale):
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """adaLN: non-affine LayerNorm, then per-sample scale and shift. x (B, N, D), shift and scale (B, D)"""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
@@ -56,27 +58,27 @@ def modulate(x, shift, scale):
 class Modulation(nn.Module):
     """n vectors of width d per sample, from the embedding of time and pooled text."""
 
-    def __init__(self, d, n):
+    def __init__(self, d: int, n: int):
         super().__init__()
         self.n, self.linear = n, nn.Linear(d, n * d)
 
-    def forward(self, temb):
+    def forward(self, temb: Tensor) -> tuple[Tensor, ...]:
         return self.linear(F.silu(temb)).chunk(self.n, dim=-1)
 
 
 class FeedForward(nn.Module):
-    def __init__(self, d):
+    def __init__(self, d: int):
         super().__init__()
         self.net = nn.ModuleList([nn.ModuleDict({"proj": Linear(d, 4 * d)}), nn.Identity(), Linear(4 * d, d)])
 
-    def forward(self, x, adapter):
+    def forward(self, x: Tensor, adapter: Adapter) -> Tensor:
         return self.net[2](F.gelu(self.net[0]["proj"](x, adapter), approximate="tanh"), adapter)
 
 
 class Attention(nn.Module):
     """Joint attention of image and text tokens, or of image tokens alone (context=None)."""
 
-    def __init__(self, d, heads, qk_norm, joint=True, last=False):
+    def __init__(self, d: int, heads: int, qk_norm: str | None, joint: bool = True, last: bool = False):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v, self.to_out = Linear(d, d), Linear(d, d), Linear(d, d), nn.ModuleList([Linear(d, d)])
@@ -87,7 +89,7 @@ class Attention(nn.Module):
         for name in ("norm_q", "norm_k") + ("norm_added_q", "norm_added_k") * joint:
             setattr(self, name, nn.RMSNorm(d // heads, eps=1e-6) if qk_norm else nn.Identity())
 
-    def forward(self, x, context, bias, adapter):
+    def forward(self, x: Tensor, context: Tensor | None, bias: Tensor | None, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
         split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # noqa: E731  (B, N, D) -> (B, H, N, D/H)
         q, k = self.norm_q(split(self.to_q(x, adapter))), self.norm_k(split(self.to_k(x, adapter)))
         v = split(self.to_v(x, adapter))
@@ -104,7 +106,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, d, heads, qk_norm, dual, last):
+    def __init__(self, d: int, heads: int, qk_norm: str | None, dual: bool, last: bool):
         super().__init__()
         self.dual, self.last = dual, last
         self.norm1, self.norm1_context = Modulation(d, 9 if dual else 6), Modulation(d, 2 if last else 6)
@@ -114,7 +116,7 @@ class Block(nn.Module):
         if not last:
             self.ff_context = FeedForward(d)
 
-    def forward(self, x, context, temb, bias, adapter, frames):
+    def forward(self, x: Tensor, context: Tensor, temb: Tensor, bias: Tensor, adapter: Adapter, frames: int) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D) image tokens, context (B, L, D) text tokens -> both, changed; context is None after the last."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(temb)
         if self.last:
@@ -135,7 +137,7 @@ class Block(nn.Module):
         return x, context + c_gate_ff[:, None] * self.ff_context(modulate(context, c_shift_ff, c_scale_ff), adapter)
 
 
-def temporal(x, frames, adapter):
+def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
     """Attention over the frames of one place, for what they differ in: sum_j a_ij (v_j - v_i). So a still clip stays what it was, and
     a single frame exactly. x (B F, N, D); the frames' places in time enter q and k as sines and cosines. -> x, changed"""
     if frames == 1 or "temporal.qkv.weight" not in adapter:
@@ -152,7 +154,7 @@ def temporal(x, frames, adapter):
 
 
 class MMDiT(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config: dict):
         """config: the dict of transformer/config.json; absent keys take diffusers' defaults."""
         super().__init__()
         get = config.get
@@ -177,13 +179,14 @@ class MMDiT(nn.Module):
                 if isinstance(module, Linear):
                     module.name = name
 
-    def positions(self, h, w):
+    def positions(self, h: int, w: int) -> Tensor:
         """The centre h x w of the sin-cos table. -> (1, h*w, D)"""
         top, left = (self.grid - h) // 2, (self.grid - w) // 2
         table = self.pos_embed.pos_embed.unflatten(1, (self.grid, self.grid))
         return table[:, top:top + h, left:left + w].flatten(1, 2)
 
-    def forward(self, x_t, t, prompt, source=None, adapter=None, frames=1):
+    def forward(self, x_t: Tensor, t: Tensor, prompt: Prompt, source: Tensor | None = None, adapter: Adapter | None = None,
+                frames: int = 1) -> Tensor:
         """The velocity v, which points from data to noise (eps - x).
 
         x_t (B, C, H, W) noisy latent; t (B,) in [0, 1], 0 clean, 1 noise; prompt: context (B, L, D_text) and pooled
@@ -220,7 +223,7 @@ class MMDiT(nn.Module):
         return v + m * ((x_t - source) / t[:, None, None, None] - v)
 
 
-def sincos(d, size, base=1e4):
+def sincos(d: int, size: int, base: float = 1e4) -> Tensor:
     """The 2-D sin-cos position table for a square grid. -> (1, size*size, d)"""
     omega = base ** (-torch.arange(d // 4) / (d // 4))
     angle = torch.arange(size)[:, None] * omega                                 # (size, d/4)
@@ -229,7 +232,7 @@ def sincos(d, size, base=1e4):
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------
-def new_adapter(model, rank, video=False):
+def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
     """LoRA pairs (A random, B zero, so alpha = rank and no scale), the zero source projection and gate and, for video, temporal attention
     of a third of the width, in heads of 32, with a zero output; in float32."""
     adapter, device = {}, model.proj_out.weight.device
@@ -249,7 +252,7 @@ def new_adapter(model, rank, video=False):
 
 
 @contextlib.contextmanager
-def open_tensors(path, device="cpu"):
+def open_tensors(path: pathlib.Path, device: str | torch.device = "cpu"):
     """An open safetensors file. Raises UserError where it cannot be read, also while it is read."""
     try:
         with safe_open(path, "pt", device=str(device)) as file:
@@ -258,13 +261,13 @@ def open_tensors(path, device="cpu"):
         raise UserError(f"{path}: cannot be read as safetensors ({why(error)})")
 
 
-def read_tensors(path):
+def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of one safetensors file and its metadata."""
     with open_tensors(path) as file:
         return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
 
 
-def merged(model, adapter):
+def merged(model: MMDiT, adapter: Adapter) -> Adapter:
     """The adapter with W + B A in place of each B, A, differentiable: in float32 cheaper than the detour through the low rank, if
     it is used for many tokens or passes. The adapter stays as it is in half precision, where W + B A would lose a small B A, and on
     large bases, whose weights one does not want twice."""
@@ -278,14 +281,14 @@ def merged(model, adapter):
     return out
 
 
-def key_in_file(name):
+def key_in_file(name: str) -> str:
     """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
     "lora" and reads those that begin with "transformer.", so what it does not know (the source's, temporal attention) is named to be
     passed over."""
     return "transformer." + name if "lora_" in name else name.replace(".weight", ".beside_lora.weight")
 
 
-def load_adapter(path, model):
+def load_adapter(path: pathlib.Path, model: MMDiT) -> tuple[Adapter, dict[str, str]]:
     """An adapter file, checked against the base it is to sit on. -> (adapter, metadata)"""
     tensors, meta = read_tensors(path)
     ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
@@ -297,7 +300,7 @@ def load_adapter(path, model):
     return {name: tensors[k].to(v) for k, (name, v) in want.items()}, meta
 
 
-def per_block(adapter, n):
+def per_block(adapter: Adapter | None, n: int) -> list[Adapter]:
     """The adapter of each of n blocks, empty where there is none, by names within the block:
     "transformer_blocks.3.attn.to_q.lora_A.weight" -> [3]["attn.to_q.lora_A.weight"]"""
     parts = [{} for _ in range(n)]
@@ -312,17 +315,17 @@ def per_block(adapter, n):
 class UserError(Exception):
     """Something in the user's world is wrong; the message is one clear sentence. `code` is the exit code."""
 
-    def __init__(self, message, code=1):
+    def __init__(self, message: str, code: int = 1):
         super().__init__(message)
         self.code = code
 
 
-def why(error):
+def why(error: Exception) -> str:
     """The first line of what an exception says, for a sentence to end with."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def read_json(path):
+def read_json(path: pathlib.Path) -> dict:
     try:
         data = json.loads(pathlib.Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -335,7 +338,7 @@ def read_json(path):
 VARIANT = re.compile(r"\.(fp16|bf16|fp32)\b")       # diffusers' mark of a file saved in another precision
 
 
-def weight_files(folder):
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The safetensors files that hold one part: a single file, or the shards that an index lists; full precision before a
     variant (*.fp16.safetensors). Raises UserError where there are none, or where a download left some out."""
     single = [f for f in folder.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", f.name)]
@@ -388,7 +391,7 @@ def load_part(cls, folder, device, dtype):
     return part.requires_grad_(False).eval()
 
 
-def choose_base(base):
+def choose_base(base: str) -> str:
     """'auto' -> the base for this machine, said in one line; any other name stays what it is."""
     if base == "auto":
         base = "sd3.5-medium" if torch.cuda.is_available() else "tiny"
@@ -396,7 +399,7 @@ def choose_base(base):
     return base
 
 
-def find_base(base):
+def find_base(base: str) -> pathlib.Path:
     """A short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5."""
     name = NAMED.get(base, base)
     if pathlib.Path(name).is_dir():
@@ -430,7 +433,7 @@ def find_base(base):
         raise UserError(f"cannot download {name} ({why(error)}); run again to go on")
 
 
-def load_base(base, device="cpu", dtype=torch.float32):
+def load_base(base: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[MMDiT, VAE, Text, float]:
     """-> model (MMDiT), vae (VAE, always float32), text (Text), shift of the scheduler's time grid."""
     folder = find_base(base)
     if not (folder / "model_index.json").exists():

@@ -2,25 +2,29 @@
 
 Training and sampling share `integrate`: the rollout in training *is* inference.
 """
-import torch
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]               # (y (B, C, H, W), t (B,)) -> v
 ROUTES = ("ste", "onestep", "detach", "backprop")
 
 
-def time_grid(n, shift=1.):
+def time_grid(n: int, shift: float = 1.) -> Tensor:
     """n + 1 times from 1 (noise) to 0 (clean), warped by the scheduler's shift: t' = s t / (1 + (s - 1) t). -> (n + 1,)"""
     t = torch.linspace(1, 0, n + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
-def noise(n, frames, shape, shared, generator):
+def noise(n: int, frames: int, shape: Sequence[int], shared: float, generator: torch.Generator) -> Tensor:
     """Noise for n clips, of which the frames have the part `shared` of the variance in common. -> (n, frames, *shape)"""
     common = torch.randn((n, 1, *shape), generator=generator) if frames > 1 else 0.
     eps = torch.randn((n, frames, *shape), generator=generator)
     return eps if frames == 1 else shared ** .5 * common + (1 - shared) ** .5 * eps
 
 
-def integrate(velocity, eps, ts):
+def integrate(velocity: Velocity, eps: Tensor, ts: Tensor) -> Iterator[Tensor]:
     """Euler from noise to data: y <- y - dt v. velocity(y (B, C, H, W), t (B,)) -> v; yields the state at every node of ts
     but the first, the last of them clean."""
     y, ts = eps, ts.tolist()
@@ -29,7 +33,7 @@ def integrate(velocity, eps, ts):
         yield y
 
 
-def rollout(velocity, eps, ts, k):
+def rollout(velocity: Velocity, eps: Tensor, ts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Bootstrap (Algorithm 1, step 2): the editor's own trajectory from eps (B, C, H, W). k (S B,) is the node of ts at which each
     state is taken, S of them from each trajectory: sample i's are k[i], k[B + i], ...
     -> y_t (S B, C, H, W), the exact states at ts[k], and y_0 (S B, C, H, W), the clean ends."""
@@ -40,7 +44,7 @@ def rollout(velocity, eps, ts, k):
     return y_t, y.repeat(times, 1, 1, 1)
 
 
-def route(how, y_hat, y_0):
+def route(how: str, y_hat: Tensor, y_0: Tensor) -> Tensor:
     """Gradient routing (Eq. 4), what the cycle gets to see:
     ste       sg(y_0) + (y_hat - sg(y_hat)): the value inference would produce, the gradient of the one-step prediction
     onestep   y_hat: value and gradient of the one-step prediction, blurry at high t

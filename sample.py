@@ -11,20 +11,22 @@ import itertools
 import math
 import pathlib
 import sys
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import data
-from frozen.vae import to_images, to_pixels
-from model import ROOT, UserError, choose_base, load_adapter, load_base, merged, read_json
-from routing import integrate, noise, time_grid
+from frozen.vae import VAE, to_images, to_pixels
+from model import ROOT, Adapter, MMDiT, Prompt, UserError, choose_base, load_adapter, load_base, merged, read_json
+from routing import Velocity, integrate, noise, time_grid
 
 EDITOR = ROOT / "tiny" / "editor"
 
 
-def edit(model, adapter, x, prompt, eps, ts, frames=1):
+def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1) -> Tensor:
     """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip
     -> (B, C, H, W)"""
     adapter = merged(model, adapter)
@@ -32,7 +34,7 @@ def edit(model, adapter, x, prompt, eps, ts, frames=1):
     return y
 
 
-def guided(model, prompt, null, guidance):
+def guided(model: MMDiT, prompt: Prompt, null: Prompt, guidance: float) -> Velocity:
     """The base's velocity with classifier-free guidance. prompt, null: (context, pooled) -> velocity(y, t)"""
     both = tuple(torch.cat(pair) for pair in zip(null, prompt))
 
@@ -42,13 +44,13 @@ def guided(model, prompt, null, guidance):
     return velocity
 
 
-def generate(model, prompt, null, eps, ts, guidance):
+def generate(model: MMDiT, prompt: Prompt, null: Prompt, eps: Tensor, ts: Tensor, guidance: float) -> Tensor:
     """Text to image with the base alone. -> (B, C, H, W)"""
     *_, x = integrate(guided(model, prompt, null, guidance), eps, ts)
     return x
 
 
-def contact_sheet(columns, gap=4):
+def contact_sheet(columns: list[list[np.ndarray]], gap: int = 4) -> Image.Image:
     """columns: lists of (h, w, 3) uint8, e.g. sources, edits, edits undone -> one picture, a row for each source."""
     rows = [np.concatenate([np.pad(p, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for p in row], 1) for row in zip(*columns)]
     page = Image.fromarray(np.concatenate(rows, 0))
@@ -56,7 +58,7 @@ def contact_sheet(columns, gap=4):
     return page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST)
 
 
-def write_sheets(path, columns, frames):
+def write_sheets(path: pathlib.Path, columns: list, frames: int) -> np.ndarray:
     """contact_sheet as a picture or, where every `frames` pictures of a column are a clip, as an animated one. -> the middle frame's sheet"""
     sheets = [np.asarray(contact_sheet([column[i::frames] for column in columns])) for i in range(frames)]
     if frames > 1:
@@ -66,14 +68,14 @@ def write_sheets(path, columns, frames):
     return sheets[frames // 2]
 
 
-def working_size(h, w, model, vae, limit):
+def working_size(h: int, w: int, model: MMDiT, vae: VAE, limit: float) -> tuple[int, int]:
     """The size an h x w picture is edited at: its aspect, about limit x limit pixels, whole patches of the base."""
     unit = model.patch * vae.factor
     scale = limit / (h * w) ** .5
     return tuple(min(max(unit, round(s * scale / unit) * unit), model.grid * unit) for s in (h, w))
 
 
-def windows(frames, length, change):
+def windows(frames: Iterable, length: int, change: Callable) -> Iterator[tuple[np.ndarray, float]]:
     """Edits a clip of any length in the memory of one window: change(list of at most `length` pictures) -> list of (h, w, 3) float.
     Windows overlap by a quarter, where one is blended into the next. frames: (picture, seconds) ... -> (edited picture, seconds) ..."""
     held, tail = [], []                                     # the tail: edits of the first frames in held, by the window before
@@ -89,7 +91,7 @@ def windows(frames, length, change):
             held, tail = held[done:], y[done:]
 
 
-def read_run(folder):
+def read_run(folder: pathlib.Path) -> dict:
     """config.json of a run. -> dict with base, instr (None: many), frames and stride of clips, size [h, w] and held, what was kept back"""
     config, words = read_json(folder / "config.json"), ("path", "instr", "undo")
     size, held = config.get("size"), config.get("held")

@@ -22,13 +22,14 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 import data
 from data import write, write_tensors
 from frozen.vae import to_images, to_pixels
 from losses import byg_loss, identity_loss
-from model import UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
+from model import Adapter, UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, noise, time_grid
 from sample import edit, working_size, write_sheets
 
@@ -43,7 +44,7 @@ RECIPES = {
 CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1)}      # what differs for clips
 
 
-def pixels(text):
+def pixels(text: str) -> tuple[int, int]:
     """"512" or "512x768" -> (height, width)"""
     h, _, w = text.partition("x")
     size = int(h), int(w or h)
@@ -52,7 +53,7 @@ def pixels(text):
     return size
 
 
-def options():
+def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--data", required=True, help="folder of images or clips; captions in metadata.jsonl or .txt, or tuples.jsonl")
     p.add_argument("--frames", type=int, help="frames of a clip that are edited together (default: 8 where --data holds clips, else 1)")
@@ -113,7 +114,7 @@ def options():
     return o, paths
 
 
-def precision(name, device):
+def precision(name: str, device: torch.device) -> torch.dtype | None:
     """-> dtype of autocast, or None for float32."""
     if name == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
@@ -137,13 +138,13 @@ def claim(out):
         raise UserError(f"{out} cannot be written to ({error}); choose another --out")
 
 
-def cut_log(file, step):
+def cut_log(file: pathlib.Path, step: int) -> None:
     """A resumed run writes its steps again: keeps the log's whole lines up to `step`."""
     lines = file.read_text("utf-8", "replace").splitlines(keepends=True) if file.exists() else []
     write(file, "".join(line for line in lines[:step] if line.endswith("}\n")))
 
 
-def share(tensors):
+def share(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its mean over the ranks of torchrun: the gradient of the whole batch."""
     if RANKS > 1:
         flat = torch.cat([t.flatten() for t in tensors])
@@ -182,14 +183,14 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(u.reshape(-1, *shape).unbind()), alpha=-group["lr"])
 
 
-def new_optimizer(adapter, o):
+def new_optimizer(adapter: Adapter, o: argparse.Namespace) -> torch.optim.Optimizer:
     """Muon or AdamW; what reads the source, which starts from nothing, learns at o.source_rate times the rate."""
     kind = Muon if o.muon else torch.optim.AdamW
     return kind([{"params": [p for k, p in adapter.items() if k.startswith("source_") == source], "scale": scale}
                  for source, scale in ((False, 1.), (True, o.source_rate))], weight_decay=1e-2)
 
 
-def set_rate(opt, step, o):
+def set_rate(opt: torch.optim.Optimizer, step: int, o: argparse.Namespace) -> float:
     """Warm-up, then a cosine to zero. -> the rate"""
     rate = o.lr * min(1, step / o.warmup) * .5 * (1 + math.cos(math.pi * step / o.steps))
     for group in opt.param_groups:
@@ -197,7 +198,7 @@ def set_rate(opt, step, o):
     return rate
 
 
-def restore(path, adapter, average, opt, rng):
+def restore(path: pathlib.Path, adapter: Adapter, average: Adapter, opt: torch.optim.Optimizer, rng: torch.Generator) -> int:
     """Puts everything back as it was saved. -> the step"""
     state, meta = read_tensors(path)
     fit = lambda v, like: v.to(like).view_as(like)                              # noqa: E731

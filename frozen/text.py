@@ -11,7 +11,7 @@ import unicodedata
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 CONTRACTIONS = ("'re", "'ve", "'ll", "'s", "'t", "'m", "'d")
 
@@ -24,7 +24,7 @@ def byte_symbols():
     return dict(zip(printable + rest, map(chr, printable + [256 + i for i in range(len(rest))])))
 
 
-def split_words(text):
+def split_words(text: str) -> list[str]:
     """CLIP's pre-tokenisation: lower case, NFC; runs of letters, single digits, runs of other signs, contractions."""
     text, words, i = unicodedata.normalize("NFC", text).lower(), [], 0
     kind = lambda c: " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O")  # noqa: E731
@@ -43,7 +43,7 @@ def split_words(text):
 class Tokenizer:
     """CLIP's byte-level BPE from a tokenizer folder: vocab.json and merges.txt, or tokenizer.json alone."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | pathlib.Path):
         folder = pathlib.Path(folder)
         if (folder / "vocab.json").exists():
             self.vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
@@ -67,7 +67,7 @@ class Tokenizer:
         self.special = re.compile("(" + "|".join(map(re.escape, {"<|startoftext|>", "<|endoftext|>", pad})) + ")")
         self.words = {}
 
-    def word(self, word):
+    def word(self, word: str) -> list[int]:
         """Merges the pair of lowest rank until none is left. str -> list of ids"""
         if word not in self.words:
             parts = [byte_symbols()[b] for b in word.encode("utf-8")]
@@ -85,7 +85,7 @@ class Tokenizer:
             self.words[word] = [self.vocab.get(p, self.end) for p in parts]
         return self.words[word]
 
-    def __call__(self, texts):
+    def __call__(self, texts: list[str]) -> Tensor:
         """list of B strings -> ids (B, L) int64, cut and padded to the model's length."""
         rows = []
         for text in texts:
@@ -131,7 +131,7 @@ class CLIPText(nn.Module):
         self.final_layer_norm = nn.LayerNorm(d, eps=eps)
         self.text_projection = nn.Linear(d, get("projection_dim", 512), bias=False)
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) -> hidden state before the last layer (B, L, D), pooled (B, P)"""
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
         for layer in self.encoder["layers"]:
@@ -147,12 +147,12 @@ class Text(nn.Module):
         super().__init__()
         self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
 
-    def forward(self, texts):
+    def forward(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """list of B strings -> context (B, L, D1 + D2), pooled (B, P1 + P2)"""
         device = self.encoders[0].text_projection.weight.device
         return self.encode([tokenizer(texts).to(device) for tokenizer in self.tokenizers])
 
-    def encode(self, ids):
+    def encode(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """ids: one (B, L) tensor per encoder."""
         context, pooled = zip(*(encoder(i) for encoder, i in zip(self.encoders, ids)))
         return torch.cat(context, -1), torch.cat(pooled, -1)

@@ -3,9 +3,10 @@
 Follows the public file format of `vae/` (config.json + safetensors): residual blocks with GroupNorm (eps 1e-6) and SiLU,
 one single-head attention in the middle, factor 2 per level. ByG never trains it; tiny/pretrain.py trains the small one.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class ResnetBlock(nn.Module):
@@ -145,21 +146,21 @@ class VAE(nn.Module):
         h = self.encoder(pixels)
         return (self.quant_conv(h) if hasattr(self, "quant_conv") else h).chunk(2, dim=1)
 
-    def encode(self, pixels):
+    def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] -> x (B, C, H/f, W/f): the posterior's mean, scaled to about unit variance."""
         return (self.moments(pixels)[0] - self.shift) * self.scaling
 
-    def decode(self, x):
+    def decode(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> pixels (B, 3, h*f, w*f), about [-1, 1] (not clamped)."""
         z = x / self.scaling + self.shift
         return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z)
 
 
-def to_pixels(images):
+def to_pixels(images: np.ndarray) -> Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]"""
     return torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def to_images(pixels):
+def to_images(pixels: Tensor) -> np.ndarray:
     """(B, 3, H, W) float -> (B, H, W, 3) uint8 numpy array"""
     return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

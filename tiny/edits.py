@@ -27,7 +27,7 @@ NEVER = {"season": "autumn", "house": "purple"}
 UNSEEN_STYLE = "blueprint"
 
 
-def change(scene, kind, value, seed=0):
+def change(scene: scenes.Scene, kind: str, value, seed: int = 0) -> scenes.Scene:
     """The exact counterfactual; new trees stand where a random scene with that house would have them."""
     if kind != "trees":
         return dataclasses.replace(scene, **{kind: value})
@@ -39,7 +39,7 @@ def change(scene, kind, value, seed=0):
     return dataclasses.replace(scene, trees=other.trees, kind=word)
 
 
-def propose(scene, kind, rng):
+def propose(scene: scenes.Scene, kind: str, rng: np.random.Generator):
     """A random value for `kind` that the scene does not have, or None where neither edit nor undo may be met in training."""
     if kind == "trees":
         return (0, scene.kind) if scene.trees else (int(rng.integers(1, 4)), scene.kind)
@@ -48,7 +48,7 @@ def propose(scene, kind, rng):
     return None if now == NEVER.get(kind) else str(rng.choice(options))
 
 
-def edit_prompts(scene, kind, value, rng, wordings=scenes.ANY):
+def edit_prompts(scene: scenes.Scene, kind: str, value, rng: np.random.Generator, wordings: slice = scenes.ANY) -> dict[str, str]:
     """-> dict of src, tgt, instr, undo. Both captions are in the same words but for what the edit changes."""
     now = (len(scene.trees), scene.kind) if kind == "trees" else getattr(scene, kind)
     instr, undo = scenes.instruction(kind, value, rng, wordings), scenes.instruction(kind, now, rng, wordings)
@@ -63,7 +63,7 @@ SHOWN = {"025": "make it winter", "021": "paint the house red", "019": "make it 
          "015": "paint the house yellow"}                   # pictures of tiny/examples, which the general editor was not trained on
 
 
-def keep(run, folder):
+def keep(run: pathlib.Path, folder: pathlib.Path) -> None:
     """Half precision is enough, and half the size."""
     tensors, meta = read_tensors(run / "adapter.safetensors")
     write_tensors(folder / "adapter.safetensors", {k: v.half() for k, v in tensors.items()}, **meta)

@@ -63,7 +63,7 @@ class Scene:
     phase: tuple        # where the pattern of rain, snow and stars begins
 
 
-def sample_scene(rng, **fixed):
+def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
     """A random Scene from a numpy Generator; keyword arguments fix attributes or geometry."""
     u = lambda low, high: round(float(rng.uniform(low, high)), 2)                   # noqa: E731
     values = {k: str(rng.choice(v, p=WEIGHTS.get(k))) for k, v in ATTRIBUTES.items()}
@@ -209,7 +209,7 @@ def _style(rgb, style):
     return fill + .85 * lines * (np.float32((.90, .96, 1.)) - fill)     # blueprint
 
 
-def render(scene, tau=0., falls=None):
+def render(scene: Scene, tau: float = 0., falls: tuple[int, int] | None = None) -> np.ndarray:
     """Draws a Scene at time tau (one second is 1.0). falls: phase of rain or snow, if not the scene's own. -> (64, 64, 3) uint8"""
     rgb = _draw(scene, scene.season, scene.time, scene.house, tau)
     pattern = _pattern(falls or scene.phase, scene.weather, tau) if scene.weather in ("rain", "snowfall") else 0.
@@ -220,7 +220,7 @@ def _bytes(rgb):
     return (np.clip(rgb, 0, 1) * 255 + .5).astype(np.uint8)
 
 
-def judge(scene, images, tau=0., falls=None):
+def judge(scene: Scene, images: np.ndarray, tau: float = 0., falls: tuple[int, int] | None = None) -> list[dict]:
     """Reads the attributes of pictures that share a Scene's geometry: the nearest (least squared error) of all
     960 combinations drawn for it. images: (n, 64, 64, 3) uint8 -> list of n dicts."""
     names, drawn = [], []
@@ -250,7 +250,7 @@ STYLE_WORDS = {"plain": ("a picture of ", "a painting of "), "sketch": ("a penci
                "pixel": ("pixel art of ", "a pixel art picture of "), "blueprint": ("a blueprint of ",)}
 
 
-def caption(scene, rng, drop=.2):
+def caption(scene: Scene, rng: np.random.Generator, drop: float = .2) -> str:
     """Describes a Scene in varied words; each attribute is left out with probability `drop`."""
     pick = lambda options: str(options[rng.integers(len(options))])                 # noqa: E731
     keep = lambda: rng.random() >= drop                                             # noqa: E731
@@ -283,7 +283,7 @@ def caption(scene, rng, drop=.2):
 ANY, SEEN, UNSEEN = slice(None), slice(-1), slice(-1, None)         # of the wordings of an instruction: the last is kept for tests
 
 
-def instruction(kind, value, rng, wordings=ANY):
+def instruction(kind: str, value, rng: np.random.Generator, wordings: slice = ANY) -> str:
     """A wish for `kind` (an attribute, or trees: a Scene's number and kind of them) to become `value`, in varied words."""
     pick = lambda options: str(options[rng.integers(len(options))])                 # noqa: E731
     say = lambda *options: pick(options[wordings])                                  # noqa: E731
@@ -313,7 +313,7 @@ def instruction(kind, value, rng, wordings=ANY):
     return say("make it ", "turn it into ", "change it to ") + pick(word)
 
 
-def wish(scene, rng):
+def wish(scene: Scene, rng: np.random.Generator) -> str:
     """A caption phrased as a wish ("make it winter and paint the house red"): what instructions look like to CLIP."""
     if rng.random() < .3:
         return "make it " + caption(scene, rng, drop=.4)
@@ -322,7 +322,7 @@ def wish(scene, rng):
 
 
 # ---- pages and folders -----------------------------------------------------------------------------------------
-def sheet(rows, scale=2, gap=4):
+def sheet(rows: list[list[np.ndarray]], scale: int = 2, gap: int = 4) -> Image.Image:
     """rows: list of equally long lists of (h, w, 3) uint8 -> one PIL picture."""
     h, w = rows[0][0].shape[:2]
     page = np.full((len(rows) * (h + gap) + gap, max(map(len, rows)) * (w + gap) + gap, 3), 255, np.uint8)

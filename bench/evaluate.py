@@ -4,7 +4,7 @@
     python bench/evaluate.py --run out_video --video --image out --n 40
 
 success         of all 960 attribute combinations drawn for that very geometry, the nearest to the output is the wished-for one
-preservation_db PSNR to the source over the pixels where source and truth agree
+preservation_db PSNR to the source over the pixels where source and truth agree; none for an edit that leaves under 1 % of them as they were
 psnr_truth_db   PSNR to the truth over all pixels
 What an instruction leaves open is the editor's choice (the general editor's examination only): of rain and snow that begin to fall,
 where the drops are (the truth is the nearest of 64 places); of new trees, where they stand (success asks besides that the picture is
@@ -50,8 +50,9 @@ def asked(instr):
 
 def psnr(a, b, mask=None):
     error = (a.astype(np.float32) - b) ** 2
-    error = error.mean() if mask is None else error[mask].mean() if mask.any() else 0.
-    return float(10 * np.log10(255 ** 2 / max(error, 1e-2)))
+    if mask is not None and mask.mean() < .01:
+        return None
+    return float(10 * np.log10(255 ** 2 / max(error[... if mask is None else mask].mean(), 1e-2)))
 
 
 def measure(scene, kind, value, output, tau=0.):
@@ -105,9 +106,10 @@ FIGURES = ("success", "preservation_db", "psnr_truth_db")
 
 
 def summary(results):
-    """-> means over scenes, and under `interval` their 95 % intervals"""
-    return {k: round(float(np.mean([r[k] for r in results])), 4) for k in FIGURES} | {
-        "interval": {k: interval([r[k] for r in results]) for k in FIGURES}, "n": len(results),
+    """-> means over scenes (of those that have the figure; None without), and under `interval` their 95 % intervals"""
+    values = {k: [r[k] for r in results if r[k] is not None] for k in FIGURES}
+    return {k: round(float(np.mean(v)), 4) if v else None for k, v in values.items()} | {
+        "interval": {k: interval(v) if v else None for k, v in values.items()}, "n": len(results),
         "wrong": dict(collections.Counter(k for r in results for k in r["wrong"]))}
 
 
@@ -134,7 +136,7 @@ def page(groups, title):
     lines = [title, "", "| edits | success | preservation | truth | n | read wrongly |", "|---|---|---|---|---|---|"]
     for name, g in groups.items():
         low, high = (100 * v for v in g["interval"]["success"])
-        db = [f"{g[k]:.1f} dB ({g['interval'][k][0]:.1f} to {g['interval'][k][1]:.1f})" for k in FIGURES[1:]]
+        db = [f"{g[k]:.1f} dB ({g['interval'][k][0]:.1f} to {g['interval'][k][1]:.1f})" if g[k] else "none stays" for k in FIGURES[1:]]
         wrong = ", ".join(f"{k} {v}" for k, v in sorted(g["wrong"].items(), key=lambda w: -w[1])) or "nothing"
         lines.append(f"| {name} | {100 * g['success']:.1f} % ({low:.1f} to {high:.1f}) | {db[0]} | {db[1]} | {g['n']} | {wrong} |")
     return "\n".join(lines) + "\n"

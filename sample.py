@@ -1,6 +1,6 @@
 """Edits pictures and clips with a trained adapter, or draws from a base.
 
-    python sample.py                                                        # what the last run held back, or the embedded examples
+    python sample.py                                                        # what the last run held back
     python sample.py --input photo.jpg --instr "make it winter" --output x.png
     python sample.py --input folder/ --output edited/
     python sample.py --input clip.mp4 --output edited.mp4                   # or .webp, .gif, a folder of numbered frames
@@ -20,10 +20,8 @@ from torch import Tensor
 
 import data
 from frozen.vae import VAE, to_images, to_pixels
-from model import ROOT, Adapter, MMDiT, Prompt, UserError, choose_base, load_adapter, load_base, merged, read_json
+from model import Adapter, MMDiT, Prompt, UserError, choose_base, load_adapter, load_base, merged, read_json
 from routing import Velocity, integrate, noise, time_grid
-
-EDITOR = ROOT / "tiny" / "editor"
 
 
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1) -> Tensor:
@@ -107,7 +105,7 @@ def read_run(folder: pathlib.Path) -> dict:
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", help="folder that train.py wrote (default: out; before there is one, the embedded editor)")
+    p.add_argument("--run", default="out", help="folder that train.py wrote")
     p.add_argument("--input", help="image, clip or folder of them (default: what the run held back)")
     p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or as the input)")
     p.add_argument("--frames", type=int, help="of a clip that are edited together (default: as in training)")
@@ -133,7 +131,7 @@ def main():
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run or ("out" if pathlib.Path("out/adapter.safetensors").exists() else EDITOR))
+    run = pathlib.Path(o.run)
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
                         '--instr "make it winter"), or name its folder with --run', 2)

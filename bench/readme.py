@@ -32,6 +32,7 @@ def broken_links(page):
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--only-links", action="store_true")
+    p.add_argument("--clone", help="folder to clone to, which stays, for a look at the pictures (default: a temporary one)")
     o = p.parse_args()
     pages = [ROOT / name for name in subprocess.check_output(["git", "ls-files", "*.md"], cwd=ROOT, text=True).splitlines()]
     broken = [f"{page.relative_to(ROOT)}: {link}" for page in pages for link in broken_links(page)]
@@ -41,7 +42,7 @@ def main():
     lines, log = commands((ROOT / "README.md").read_text("utf-8")), ROOT / "bench" / "work" / "readme.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, open(log, "wb") as out:
-        clone = pathlib.Path(folder) / "nanobyg"
+        clone = pathlib.Path(o.clone or folder) / "nanobyg"
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         shell = subprocess.Popen(["bash", "-e"], cwd=clone, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=out, text=True)
         for line in lines:                                  # the shell stays the same: an activated environment stays active

@@ -1,7 +1,6 @@
 """The edits of the general editor: what is asked of which scene, in which words, and what is kept back to test it.
 
     python tiny/edits.py world/ --n 4000 --seed 1            # unpaired pictures with tuples.jsonl, each with one random edit
-    python tiny/edits.py out_general --keep                  # a run's adapter -> tiny/editor, with which sample.py edits where there is no run
 
 Pictures of the results are never written: training stays without pairs.
 """
@@ -17,8 +16,7 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import scenes  # noqa: E402
-from data import derive, write, write_tensors  # noqa: E402
-from model import read_json, read_tensors  # noqa: E402
+from data import derive  # noqa: E402
 
 # How often each kind of edit is met, and what is kept from training to see whether the editor understands words: two values
 # that it is never asked for (as instruction or undo), one style that is never a source.
@@ -59,32 +57,12 @@ def edit_prompts(scene: scenes.Scene, kind: str, value, rng: np.random.Generator
     return {"src": src, "tgt": tgt, "instr": instr, "undo": undo}
 
 
-SHOWN = {"025": "make it winter", "021": "paint the house red", "019": "make it night", "023": "make it foggy", "009": "make it day",
-         "015": "paint the house yellow"}                   # pictures of tiny/examples, which the general editor was not trained on
-
-
-def keep(run: pathlib.Path, folder: pathlib.Path) -> None:
-    """Half precision is enough, and half the size."""
-    tensors, meta = read_tensors(run / "adapter.safetensors")
-    write_tensors(folder / "adapter.safetensors", {k: v.half() for k, v in tensors.items()}, **meta)
-    config, held = read_json(run / "config.json"), []
-    captions = {r["file_name"]: r["text"] for r in map(json.loads, (ROOT / "tiny/examples/metadata.jsonl").read_text().splitlines())}
-    for name, instr in SHOWN.items():
-        src = captions[f"{name}.png"]
-        tgt, undo = derive(instr, src)
-        held.append({"path": f"../examples/{name}.png", "src": src, "tgt": tgt, "instr": instr, "undo": undo})
-    write(folder / "config.json", config | {"base": "tiny", "held": held})
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("out", help="folder to fill, or run to keep")
-    p.add_argument("--keep", action="store_true", help="keep this run as tiny/editor")
+    p.add_argument("out", help="folder to fill")
     p.add_argument("--n", type=int, default=4000)
     p.add_argument("--seed", type=int, default=1)
     o = p.parse_args()
-    if o.keep:
-        return keep(pathlib.Path(o.out), ROOT / "tiny" / "editor")
     rng, out, lines = np.random.default_rng((o.seed, 2)), pathlib.Path(o.out), []
     out.mkdir(parents=True, exist_ok=True)
     styles = [s for s in scenes.ATTRIBUTES["style"] if s != UNSEEN_STYLE]

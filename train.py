@@ -235,10 +235,14 @@ def main():
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
         # Encode everything once; the encoders are not needed after that.
-        latents, read, digest = [], [], hashlib.sha256()
+        latents, read, digest, block = [], [], hashlib.sha256(), []
         for views, row in data.load_rows(rows, size, o.views, o.seed, o.frames, o.stride):
             with torch.no_grad():
-                latents.append(torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)]))
+                z = torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)])
+            if len(block) < len(z):                         # kept in blocks: small tensors among the encoder's large ones would tear
+                block = z.new_empty(max(64, len(z)), *z.shape[1:])              # the memory to pieces, 300 KiB for each picture
+            latents.append(block[:len(z)].copy_(z))
+            block = block[len(z):]
             read.append(row)
             digest.update(views.tobytes() + json.dumps(row | {"path": row["path"].name}).encode())
         rows, shape = read, latents[0].shape[1:]                                # latents: for each row (views or T, C, h, w)

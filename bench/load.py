@@ -1,6 +1,6 @@
 """Many files: 10,000 pictures to train on, 1,000 to edit, with long and foreign names, from a folder one may not write to.
 
-    python bench/load.py --images 10000 --edits 1000          # a quarter of an hour on two cores
+    python bench/load.py --images 10000 --edits 1000          # three minutes on two cores
 
 Runs train.py (one step) and sample.py and follows their memory. Training keeps a latent of every picture, 8 KiB of each here; besides
 those, memory must be flat: what it grew by in the second half of the way is printed. The last line is one JSON object.

@@ -34,12 +34,12 @@ from routing import ROUTES, noise, time_grid
 from sample import edit, working_size, write_sheets
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-# The paper's numbers, and what this repository measured to be better on the embedded base (README, "Balance").
+# The paper's numbers, and what this repository measured to be better on the embedded base (README, "The embedded recipe").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., lead=0., cue="cosine", muon=False),
+                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine", muon=False),
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=10, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., lead=0., cue="delta", muon=True),
+                 identity_first=10, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
 CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1)}      # what differs for clips
 
@@ -77,12 +77,12 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
             ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
             ("ema", float, "decay of the averaged adapter"), ("warmup", int, "steps until the full rate"),
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
-            ("lead", float, "share of steps whose rollout follows the delta cue itself, so that there are edits to learn from at once"),
             ("source-rate", float, "learning rate of what reads the source, in --lr"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
+    p.add_argument("--lead", type=float, default=0., help="share of steps whose rollout follows the delta cue itself: edits to learn from at once")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
@@ -299,7 +299,7 @@ def main():
                 back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
             pictures = [np.concatenate([to_images(vae.decode(part)) for part in a.split(8)]) for a in (x, y, back)]
         sheet = write_sheets(out / "samples" / f"latest.{'webp' if o.frames > 1 else 'png'}", pictures, o.frames)
-        for name in (f"{step:06d}.png", "latest.png"):
+        for name in [f"{step:06d}.png"] + ["latest.png"] * (o.frames > 1):     # of pictures the latest is written
             data.write_image(out / "samples" / name, sheet)
         change = ((y - x) ** 2).mean().item() / x.var().item()                  # 0: a copy, about 2: unrelated pictures
         if step > o.identity_first and not .02 < change < 1.5:

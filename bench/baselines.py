@@ -137,7 +137,7 @@ def main():
             done[name] = summary(judge_all(world, [kind] * o.n, [value] * o.n, output)) | {"seconds": round(time.time() - begun)}
             np.save(pictures, output[:12])
             file.write_text(json.dumps(made_from | {"methods": done}, indent=1) + "\n")
-            print(f"{name}: success {100 * done[name]['success']:.1f} %, preservation {done[name]['preservation_db']:.1f} dB, "
+            print(f"{name}: success {100 * done[name]['success']:.1f} %, preservation {done[name]['preservation_db']} dB, "
                   f"truth {done[name]['psnr_truth_db']:.1f} dB", flush=True)
         rows.append(np.load(pictures))
     rows.append(np.stack([scenes.render(change(s, kind, value)) for s in world[:12]]))

@@ -136,7 +136,7 @@ def page(groups, title):
     lines = [title, "", "| edits | success | preservation | truth | n | read wrongly |", "|---|---|---|---|---|---|"]
     for name, g in groups.items():
         low, high = (100 * v for v in g["interval"]["success"])
-        db = [f"{g[k]:.1f} dB ({g['interval'][k][0]:.1f} to {g['interval'][k][1]:.1f})" if g[k] else "none stays" for k in FIGURES[1:]]
+        db = [f"{g[k]:.1f} dB ({g['interval'][k][0]:.1f} to {g['interval'][k][1]:.1f})" if g[k] is not None else "none stays" for k in FIGURES[1:]]
         wrong = ", ".join(f"{k} {v}" for k, v in sorted(g["wrong"].items(), key=lambda w: -w[1])) or "nothing"
         lines.append(f"| {name} | {100 * g['success']:.1f} % ({low:.1f} to {high:.1f}) | {db[0]} | {db[1]} | {g['n']} | {wrong} |")
     return "\n".join(lines) + "\n"

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-os.environ["OMP_NUM_THREADS"] = "1"                         # one process only, and one that can be forked
+os.environ["OMP_NUM_THREADS"] = "1"                         # one thread: a process that can be forked
 import numpy as np  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 

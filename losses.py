@@ -1,5 +1,6 @@
 """The three signals of ByG and the step that adds them up (Algorithm 1, Eq. 2 to 5)."""
 import argparse
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -64,19 +65,39 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
     return v[:len(queries)]
 
 
+@torch.no_grad()
+def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1) -> Tensor:
+    """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
+    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too.
+
+    x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
+    y = x
+    for t, t_next in zip(ts[:-1], ts[1:]):
+        change, times = 0, t.repeat(len(x)).to(x.device)
+        for _ in range(draws):
+            eps = torch.randn(x.shape, generator=generator).to(x.device)
+            x_t = torch.lerp(x, eps, t.to(x.device))
+            y_t = y + x_t - x                               # the state of a straight path from eps to y
+            v_src, v_tgt = teacher(model, [((x_t, times), prompts["src"], None), ((y_t, times), prompts["tgt"], guidance(times))], prompts["null"])
+            change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times) / draws
+        y = y - (t - t_next) * change
+    return y
+
+
 def identity_loss(model: MMDiT, adapter: Adapter, x: Tensor, x_t: Tensor, t: Tensor, v: Tensor, undo: Prompt, frames: int = 1) -> Tensor:
     """The source already satisfies the reverse instruction, so nothing may change."""
     return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
 
 
 def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompts: dict[str, Prompt], eps: Tensor, eps_cue: Tensor, k: Tensor,
-             ts: Tensor, o: argparse.Namespace, lead: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+             ts: Tensor, o: argparse.Namespace, known: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
 
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
     pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for
     each sample; average: the averaged adapter of the bootstrap; o: options frames (samples that are one clip), states, routing, bootstrap,
-    cue, alpha, guidance, cycle, prior, reverse; lead: the rollout follows the delta cue, not the editor. -> loss, dict of figures
+    cue, alpha, guidance, cycle, prior, reverse; known (B, C, H, W): edits to imitate, from `follow`, instead of rollout and teacher.
+    -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
     t = ts.to(x.device)[k]                                  # (B,)
@@ -89,17 +110,16 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     def own_rollout(a):
         return rollout(lambda y, t: model(y, t, part(instr), x[first], a, o.frames), eps[first], ts, k.to(x.device))
 
-    def by_cue(y, t):                                       # the velocity that delta_cue asks for at y, without fresh noise
-        here = torch.lerp(x[first], eps[first], t[:, None, None, None])
-        v = teacher(model, [((here, t), part(src), None), ((y, t), part(tgt), w and fade(w, t))], part(prompts["null"]))
-        return eps[first] - x[first] + delta_change(*v, x[first], here, y, t)
-
-    if o.bootstrap:
+    if known is not None:
+        y_t, y_0 = torch.lerp(known, eps, s), known
+    elif o.bootstrap:
         with torch.no_grad():
-            y_t, y_0 = rollout(by_cue, eps[first], ts, k.to(x.device)) if lead else own_rollout(average)
+            y_t, y_0 = own_rollout(average)
     else:
         y_t = x_t                                           # the ablation: the editor only ever meets the noised source
-    if o.cue == "delta":                                    # the same states under other noise, which the editor cannot know
+    if known is not None:
+        change = x - known                                  # of the velocity, from eps - x to eps - known
+    elif o.cue == "delta":                                  # the same states under other noise, which the editor cannot know
         at_x, at_y = ((z + s * (eps_cue - eps), t) for z in (x_t, y_t))
         v_src, v_tgt = teacher(model, [(at_x, src, None), (at_y, tgt, w and fade(w, t))], prompts["null"])
         change = delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t)
@@ -109,7 +129,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
 
     v_fwd = model(y_t, t, instr, x, adapter, o.frames).float()        # forward edit
     y_hat = y_t - s * v_fwd
-    if not o.bootstrap:
+    if known is None and not o.bootstrap:
         y_0 = y_hat
     if o.cue == "delta":
         prior, cos = delta_cue(v_fwd, eps - x, change)
@@ -122,7 +142,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     if not (o.cycle or reverse):
         return loss, figures
 
-    if o.routing == "backprop":
+    if known is None and o.routing == "backprop":
         y_0 = own_rollout(adapter)[1]
     v_rev = model(x_t, t, undo, route(o.routing, y_hat, y_0), adapter, o.frames).float()     # and back (Eq. 3)
     cycle = F.mse_loss(v_rev, eps - x)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 from data import write, write_tensors
 from frozen.vae import to_images, to_pixels
-from losses import byg_loss, identity_loss
+from losses import byg_loss, fade, follow, identity_loss
 from model import Adapter, UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, noise, time_grid
 from sample import edit, working_size, write_sheets
@@ -82,7 +82,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
-    p.add_argument("--lead", type=float, default=0., help="share of steps whose rollout follows the delta cue itself: edits to learn from at once")
+    p.add_argument("--imitate", type=int, default=0, help="first steps that imitate edits made, before training, by following the delta cue")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
@@ -103,8 +103,8 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
-    if o.lead and (o.cue != "delta" or not o.bootstrap):
-        p.error("--lead needs --cue delta and --bootstrap")
+    if o.imitate and (o.cue != "delta" or clips):
+        p.error("--imitate needs --cue delta and pictures")
     if not 0 <= o.shared_noise <= 1:
         p.error(f"--shared-noise must lie between 0 and 1, not {o.shared_noise}")
     if (o.frames > 1) != clips:
@@ -310,6 +310,14 @@ def main():
     say = lambda text: tqdm.write(text, file=sys.stderr)
     if RANK:
         save = draw = say = lambda _: 0.                    # rank 0 alone writes and speaks
+    edits = []                                                                  # to imitate, one for each row; the same in every rank
+    if first < o.imitate:
+        own = torch.Generator().manual_seed(o.seed)
+        for i in tqdm(torch.arange(len(rows)).split(50), "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0):
+            x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
+            with autocast:
+                edits.append(follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own).cpu())
+        edits = torch.cat(edits)
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -319,15 +327,16 @@ def main():
         cut_log(out / "log.jsonl", first)
     bar = tqdm(range(first + 1, o.steps + 1), initial=first, total=o.steps, file=sys.stderr, unit="step", disable=RANK > 0)
     log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w", buffering=1), time.time(), 0, first
-    mine, own = slice(RANK, None, RANKS), o.batch // o.states       # every rank draws the whole batch, of `own` trajectories, and takes its share
+    mine = slice(RANK, None, RANKS)                                             # every rank draws the whole batch and takes its share
     for step in bar:
-        rate, figures = set_rate(opt, step, o), {}
+        rate, figures, imitates = set_rate(opt, step, o), {}, step <= o.imitate
+        times = 1 if imitates else o.states                                     # states of one picture and trajectory
         for _ in range(o.accumulate):
-            b = train_on[torch.randint(len(train_on), (own,), generator=rng)].repeat(o.states)
+            b = train_on[torch.randint(len(train_on), (o.batch // times,), generator=rng)].repeat(times)
             k = ((torch.rand((), generator=rng) + torch.arange(o.batch) / o.batch) % 1 * o.n).long()    # nodes, evenly spread: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
-            eps = noise(own, o.frames, shape, o.shared_noise, rng).repeat(o.states, 1, 1, 1, 1)
+            eps = noise(o.batch // times, o.frames, shape, o.shared_noise, rng).repeat(times, 1, 1, 1, 1)
             eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng)
             some = lambda i, v: latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames]
             window = lambda at: torch.cat([*map(some, b[mine], at[mine])]).to(device)
@@ -344,9 +353,9 @@ def main():
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:
-                lead = o.lead > 0 and torch.rand((), generator=rng).item() < o.lead
+                known = edits[b].to(device) if imitates else None
                 with autocast:
-                    loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, lead)
+                    loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, known)
                 scaler.scale(loss / o.accumulate).backward()
                 figures |= {a: v.item() for a, v in parts.items()}
         share([p.grad for p in params])

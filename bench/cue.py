@@ -15,25 +15,9 @@ from evaluate import held_out, judge_all, scenes, summary  # puts the repository
 
 from data import derive                                     # isort: skip
 from frozen.vae import to_images, to_pixels
-from losses import delta_change, fade, teacher
+from losses import fade, follow
 from model import load_base
 from routing import time_grid
-
-
-@torch.no_grad()
-def follow(model, x, src, tgt, null, guidance, ts, draws, noise):
-    """x (B, C, H, W) source -> its edit. guidance(t (B,)) -> (B, 1, 1, 1); the cue is averaged over `draws` noises."""
-    y = x
-    for t, t_next in zip(ts[:-1], ts[1:]):
-        change, times = 0, t.repeat(len(x))
-        for _ in range(draws):
-            eps = torch.randn(x.shape, generator=noise)
-            x_t = torch.lerp(x, eps, t)
-            y_t = y + x_t - x                               # the state of a path from eps that would end in y, as FlowEdit has it
-            v_src, v_tgt = teacher(model, [((x_t, times), src, None), ((y_t, times), tgt, guidance(times))], null)
-            change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times) / draws
-        y = y - (t - t_next) * change
-    return y
 
 
 def main():
@@ -49,13 +33,13 @@ def main():
     captions = [scenes.caption(s, rng, drop=0.) for s in world]
     with torch.no_grad():
         x = vae.encode(to_pixels(np.stack([scenes.render(s) for s in world])))
-        src, tgt, null = (text(p) for p in (captions, [derive("make it winter", c)[0] for c in captions], [""] * o.n))
+        prompts = {"src": text(captions), "tgt": text([derive("make it winter", c)[0] for c in captions]), "null": text([""] * o.n)}
     ts, table = time_grid(o.steps, shift), {}
     ts = torch.cat([torch.tensor([.92]), ts[ts < .9]])
     constant = lambda w: lambda t: torch.full((len(t), 1, 1, 1), w)
     for w in o.guidance:
         for name, guidance in ({"constant": constant(w)} | ({"fading": lambda t: fade(w, t)} if w != 1 else {})).items():
-            y = follow(model, x, src, tgt, null, guidance, ts, o.draws, torch.Generator().manual_seed(o.seed))
+            y = follow(model, x, prompts, guidance, ts, torch.Generator().manual_seed(o.seed), o.draws)
             with torch.no_grad():
                 output = np.concatenate([to_images(vae.decode(part)) for part in y.split(25)])
             table[f"{w:g} {name}"] = figures = summary(judge_all(world, ["season"] * o.n, ["winter"] * o.n, output))

@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import losses
-from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, identity_loss, teacher
+from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, teacher
 from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 from train import Muon
@@ -178,24 +178,21 @@ def test_cosine_cue_is_one_minus_cosine_of_the_directions():
         assert abs(loss.item() - want) < 1e-4 and abs(cos.item() - (1 - want)) < 1e-4
 
 
-def test_following_the_delta_cue_from_noise_ends_at_the_true_edit():
+def test_following_the_delta_cue_ends_at_the_true_edit():
     """A world with a known answer: pictures of caption c are N(mu_c, sigma^2), so the exact base is
-    E[x | y_t] = mu + g (y_t - (1-t) mu), g = (1-t) sigma^2 / ((1-t)^2 sigma^2 + t^2), and the true edit is x + mu_tgt - mu_src.
-    Following the velocity the cue asks for, from noise and with fresh noise at every step, must end there."""
+    E[x | y_t] = mu + g (y_t - (1-t) mu), g = (1-t) sigma^2 / ((1-t)^2 sigma^2 + t^2), and the true edit is x + mu_tgt - mu_src."""
     sigma, (mu_src, mu_tgt) = .1, 2 * torch.randn(2, 1, 4, 8, 8)
-    x, eps = mu_src + sigma * torch.randn(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
-    truth, ts = x + mu_tgt - mu_src, time_grid(200)
+    x = mu_src + sigma * torch.randn(5, 4, 8, 8)
+    truth = x + mu_tgt - mu_src
 
-    def base(y, mu, t):
+    def base(y, t, prompt):                                 # a prompt is its caption's mean
+        t, mu = t[:, None, None, None], prompt[0]
         g = (1 - t) * sigma ** 2 / ((1 - t) ** 2 * sigma ** 2 + t ** 2)
         return (y - mu - g * (y - (1 - t) * mu)) / t
 
-    y_t = eps
-    for t, t_next in zip(ts[:-1], ts[1:]):
-        noise = torch.randn_like(x)
-        x_c, y_c = (1 - t) * x + t * noise, y_t + t * (noise - eps)
-        y_t = y_t - (t - t_next) * (eps - x + delta_change(base(x_c, mu_src, t), base(y_c, mu_tgt, t), x, x_c, y_c, t.repeat(5)))
-    assert (y_t - truth).square().mean() < .01 * (x - truth).square().mean()
+    prompts = {name: (mu.expand(5, -1, -1, -1),) for name, mu in (("src", mu_src), ("tgt", mu_tgt), ("null", mu_src))}
+    y = follow(base, x, prompts, lambda t: torch.ones(len(t), 1, 1, 1), time_grid(200), torch.Generator().manual_seed(0))
+    assert (y - truth).square().mean() < .01 * (x - truth).square().mean()
 
 
 def test_delta_cue_does_not_trust_a_base_that_cannot_see_the_source():
@@ -217,21 +214,17 @@ def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():
     assert delta_cue(v_x, v_x, change)[0] > .5
 
 
-def test_a_led_rollout_follows_the_cue_and_not_the_editor(world, monkeypatch):
+def test_imitation_asks_neither_rollout_nor_teacher_and_wants_the_known_edit(world, monkeypatch):
     model, adapter, x, eps, prompts, k, ts = world
-    ends, options = [], argparse.Namespace(**vars(OPTIONS) | {"guidance": 1.})
-    monkeypatch.setattr(losses, "rollout", lambda *a: ends.append(rollout(*a)) or ends[-1])
-    for average in (adapter, {n: 0 * v for n, v in adapter.items()}):
-        byg_loss(model, adapter, average, x, prompts, eps, eps, k, ts, options, lead=True)
-    y = eps
-    with torch.no_grad():
-        for t, t_next in zip(ts[:-1], ts[1:]):
-            here, times = (1 - t) * x + t * eps, t.repeat(B)
-            change = delta_change(model(here, times, prompts["src"]), model(y, times, prompts["tgt"]), x, here, y, times)
-            y = y - (t - t_next) * (eps - x + change)
-    for y_t, y_0 in ends:
-        torch.testing.assert_close(y_0, y, rtol=1e-4, atol=1e-4)
-        assert torch.equal(y_t[0], eps[0]) and not torch.equal(y_t[1], y_0[1])     # nodes 0 and 2 of 5
+    for name in ("rollout", "teacher"):
+        monkeypatch.setattr(losses, name, None)
+    known, t = torch.randn_like(x), ts[k]
+    loss, figures = byg_loss(model, adapter, adapter, x, prompts, eps, eps, k, ts, OPTIONS, known)
+    v = model(torch.lerp(known, eps, t[:, None, None, None]), t, prompts["instr"], x, adapter)
+    v_rev = model(torch.lerp(x, eps, t[:, None, None, None]), t, prompts["undo"], known, adapter)
+    torch.testing.assert_close(figures["prior"], (v - (eps - known)).square().mean().detach())
+    torch.testing.assert_close(figures["cycle"], (v_rev - (eps - x)).square().mean().detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.detach(), figures["prior"] + figures["cycle"])
 
 
 def test_guidance_fades_with_noise():

@@ -105,7 +105,7 @@ def read_run(folder: pathlib.Path) -> dict:
 
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--run", default="out", help="folder that train.py wrote")
+    p.add_argument("--run", help="folder that train.py wrote (default: out or, before there is one, the editor that comes along, tiny/editor)")
     p.add_argument("--input", help="image, clip or folder of them (default: what the run held back)")
     p.add_argument("--output", help="file, or folder for a folder (default: edited.png, or as the input)")
     p.add_argument("--frames", type=int, help="of a clip that are edited together (default: as in training)")
@@ -131,7 +131,10 @@ def main():
             x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run)
+    run = pathlib.Path(o.run or "out")
+    if not (o.run or run.exists()):
+        run = pathlib.Path(__file__).resolve().parent / "tiny" / "editor"
+        print("note: nothing is trained yet (out); this is the editor of many instructions that comes along (tiny/editor)", file=sys.stderr)
     if not (run / "adapter.safetensors").exists():
         raise UserError(f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
                         '--instr "make it winter"), or name its folder with --run', 2)
@@ -218,3 +221,5 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -5,8 +5,8 @@
     python train.py --data tiny/examples --instr "make it winter" --resume  # goes on where it stopped
     torchrun --nproc_per_node 2 train.py --data ... --instr ...             # several GPUs, or processor cores: the same run, shared
 
-Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl, samples/, README.md (the card), and
-checkpoint.safetensors for --resume.
+Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl, samples/, held/ (the pictures on them), README.md
+(the card), and checkpoint.safetensors for --resume.
 """
 import argparse
 import contextlib
@@ -276,7 +276,12 @@ def main():
         for block in model.transformer_blocks:
             block.compile()
     if RANK == 0:
-        shown = [rows[i] | {"path": str(rows[i]["path"].resolve())} for i in held]
+        shown = []
+        for n, i in enumerate(held.tolist()):               # copied: a run can be moved or published, and --data be gone
+            path = rows[i]["path"]
+            for file in filter(pathlib.Path.is_file, [path, *path.glob("*")]):
+                write(out / "held" / str(n) / file.relative_to(path.parent), file.read_bytes())
+            shown.append(rows[i] | {"path": f"held/{n}/{path.name}"})
         made = data.origin() | {"fingerprint": digest.hexdigest()[:16]}         # of all pictures and prompts
         write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
         write(out / "README.md", data.card(o, made))
@@ -400,6 +405,8 @@ if __name__ == "__main__":
         if RANK == 0:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except KeyboardInterrupt:                               # while pictures are read; in the loop the step is ended and saved
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

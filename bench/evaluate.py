@@ -21,6 +21,7 @@ import itertools
 import json
 import pathlib
 import sys
+import time
 
 import numpy as np
 import torch
@@ -219,7 +220,9 @@ def main():
     rows = [[a[j] for j in shown] for a in (images, output)] + [truth]
     scenes.sheet([row[k:k + 16] for k in range(0, len(shown), 16) for row in rows]).save(out / "evaluate.png")
     command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + f' --instr "{o.instr}"' * bool(o.instr)
-    table = page(figures | ({"season, time, weather, house": overall} if len(groups) > 1 else {}), f"`{command}`")
+    made = data.origin()
+    table = page(figures | ({"season, time, weather, house": overall} if len(groups) > 1 else {}), f"`{command}`") + \
+        f"\nMade by commit {made['commit']} on {time.strftime('%Y-%m-%d')}, {made['machine']}.\n"
     (out / "evaluate.md").write_text(table)
     print(f"{table}picture: {out / 'evaluate.png'} (source, edit, truth; first scenes, then the worst failures)")
     line = overall | {"seed": o.seed, "kinds": figures}

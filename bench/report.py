@@ -31,10 +31,10 @@ def to_html(text):
 def main():
     style = re.search(r"<style>.*?</style>", (ROOT / "bench" / "page.html").read_text("utf-8"), re.S).group()
     parts = []
-    for page in sorted(RESULTS.glob("*.md")):
-        picture = page.with_suffix(".png")
-        parts += [f"<h2>{page.stem.capitalize()}</h2>", to_html(page.read_text("utf-8")),
-                  f'<a href="{picture.name}"><img src="{picture.name}" alt="pictures: {page.stem}" loading="lazy"></a>' * picture.exists()]
+    for page in sorted(RESULTS.rglob("*.md")):
+        name, picture = (page.with_suffix(end).relative_to(RESULTS).as_posix() for end in ("", ".png"))
+        parts += [f"<h2>{name.capitalize()}</h2>", to_html(page.read_text("utf-8")),
+                  f'<a href="{picture}"><img src="{picture}" alt="pictures: {name}" loading="lazy"></a>' * (RESULTS / picture).exists()]
     head = '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">'
     write(RESULTS / "index.html", "\n".join([head, "<title>nanoByG: what was measured</title>", style, "<h1>What was measured</h1>",
                                              *filter(None, parts), "</html>\n"]))

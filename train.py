@@ -92,7 +92,8 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--every", type=int, default=100, help="steps between sample sheets and saves")
     p.add_argument("--held", type=int, default=6, help="images kept out of training, for the sample sheets")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 where the machine computes in it")
+    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+                   help="auto: bf16 where the machine computes in it; fp32 for the embedded base on a processor")
     o = p.parse_args()
     paths, clips = data.find(o.data, o.frames)
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
@@ -114,11 +115,11 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     return o, paths
 
 
-def precision(name: str, device: torch.device) -> torch.dtype | None:
-    """-> dtype of autocast, or None for float32."""
+def precision(name: str, device: torch.device, base: str = "") -> torch.dtype | None:
+    """-> dtype of autocast, or None for float32; on a processor the embedded base is so small that it is faster in it."""
     if name == "auto":
         fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
-            device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+            device.type == "cpu" and base != "tiny" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         name = "bf16" if fast else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
@@ -231,7 +232,7 @@ def main():
         lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        amp = precision(o.dtype, device)
+        amp = precision(o.dtype, device, o.base)
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
         # Encode everything once; the encoders are not needed after that.
@@ -315,14 +316,12 @@ def main():
     say = lambda text: tqdm.write(text, file=sys.stderr)
     if RANK:
         save = draw = say = lambda _: 0.                    # rank 0 alone writes and speaks
-    edits = []                                                                  # to imitate, one for each row; the same in every rank
-    if first < o.imitate:
-        own = torch.Generator().manual_seed(o.seed)
-        for i in tqdm(torch.arange(len(rows)).split(50), "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0):
-            x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
-            with autocast:
-                edits.append(follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own).cpu())
-        edits = torch.cat(edits)
+    edits, own = [], torch.Generator().manual_seed(o.seed)                      # to imitate, one for each row; the same in every rank
+    todo = torch.arange(len(rows)).split(50) if first < o.imitate else ()
+    for i in tqdm(todo, "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0 or not todo):
+        x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
+        with autocast:
+            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own).cpu()
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -358,7 +357,7 @@ def main():
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:
-                known = edits[b].to(device) if imitates else None
+                known = torch.stack([edits[i] for i in b]).to(device) if imitates else None
                 with autocast:
                     loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, known)
                 scaler.scale(loss / o.accumulate).backward()

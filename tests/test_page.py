@@ -102,8 +102,8 @@ def test_it_fits_a_phone(browser):
 
 def test_what_was_measured_is_a_page_too(browser):
     browser.get((ROOT / "bench" / "results" / "index.html").as_uri())
-    tables = [p.read_text().count("\n|") - 1 for p in sorted((ROOT / "bench" / "results").glob("*.md"))]       # rows, without the rule
+    tables = [p.read_text().count("\n|") - 1 for p in sorted((ROOT / "bench" / "results").rglob("*.md"))]       # rows, without the rule
     assert [len(t.find_elements("css selector", "tr")) for t in browser.find_elements("css selector", "table")] == tables
     pictures = browser.find_elements("css selector", "img")
-    assert len(pictures) == len(list((ROOT / "bench" / "results").glob("*.png"))) > 0
+    assert len(pictures) == len(list((ROOT / "bench" / "results").rglob("*.png"))) > 0
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")

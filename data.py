@@ -293,11 +293,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
             tmp.unlink(missing_ok=True)
 
 
-def write(path: pathlib.Path, content: str | bytes | dict) -> None:
-    """Text, bytes, or data as JSON."""
-    text = json.dumps(content, indent=2) + "\n" if isinstance(content, dict) else content
+def write(path: pathlib.Path, text: str | dict) -> None:
+    """Text, or data as JSON."""
     with replacing(path) as tmp:
-        tmp.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+        tmp.write_text(text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8")
 
 
 def write_tensors(path: pathlib.Path, tensors: dict[str, Tensor], **meta) -> None:

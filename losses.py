@@ -110,8 +110,9 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     def own_rollout(a):
         return rollout(lambda y, t: model(y, t, part(instr), x[first], a, o.frames), eps[first], ts, k.to(x.device))
 
+    y_0 = known
     if known is not None:
-        y_t, y_0 = torch.lerp(known, eps, s), known
+        y_t = torch.lerp(known, eps, s)
     elif o.bootstrap:
         with torch.no_grad():
             y_t, y_0 = own_rollout(average)
@@ -129,7 +130,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
 
     v_fwd = model(y_t, t, instr, x, adapter, o.frames).float()        # forward edit
     y_hat = y_t - s * v_fwd
-    if known is None and not o.bootstrap:
+    if y_0 is None:                                         # nothing was rolled out
         y_0 = y_hat
     if o.cue == "delta":
         prior, cos = delta_cue(v_fwd, eps - x, change)

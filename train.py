@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -86,7 +87,6 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
-    p.add_argument("--clip", type=float, default=1., help="largest gradient norm")
     p.add_argument("--size", type=pixels, default=(512, 512), metavar="N|HxW",
                    help="pixels; rounded to whole patches, and shrunk to the area of the base's own pictures where it is larger")
     p.add_argument("--every", type=int, default=100, help="steps between sample sheets and saves")
@@ -101,7 +101,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
         o.recipe = "tiny" if o.base == "tiny" else "paper"
     for k, v in (RECIPES[o.recipe] | (CLIPS[o.recipe] if clips else {})).items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
-    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "clip", "frames", "stride"):
+    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
     if o.imitate and (o.cue != "delta" or clips):
@@ -281,7 +281,8 @@ def main():
         for n, i in enumerate(held.tolist()):               # copied: a run can be moved or published, and --data be gone
             path = rows[i]["path"]
             for file in filter(pathlib.Path.is_file, [path, *path.glob("*")]):
-                write(out / "held" / str(n) / file.relative_to(path.parent), file.read_bytes())
+                with data.replacing(out / "held" / str(n) / file.relative_to(path.parent)) as tmp:
+                    shutil.copyfile(file, tmp)              # piecewise: a film may be larger than the memory
             shown.append(rows[i] | {"path": f"held/{n}/{path.name}"})
         made = data.origin() | {"fingerprint": digest.hexdigest()[:16]}         # of all pictures and prompts
         write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
@@ -317,7 +318,7 @@ def main():
     if RANK:
         save = draw = say = lambda _: 0.                    # rank 0 alone writes and speaks
     edits, own = [], torch.Generator().manual_seed(o.seed)                      # to imitate, one for each row; the same in every rank
-    todo = torch.arange(len(rows)).split(50) if first < o.imitate else ()
+    todo = torch.arange(len(rows)).split(o.batch) if first < o.imitate else ()
     for i in tqdm(todo, "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0 or not todo):
         x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
         with autocast:
@@ -333,8 +334,8 @@ def main():
     log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w", buffering=1), time.time(), 0, first
     mine = slice(RANK, None, RANKS)                                             # every rank draws the whole batch and takes its share
     for step in bar:
-        rate, figures, imitates = set_rate(opt, step, o), {}, step <= o.imitate
-        times = 1 if imitates else o.states                                     # states of one picture and trajectory
+        rate, figures = set_rate(opt, step, o), {}
+        times = o.states if step > o.imitate else 1                             # states of one picture and trajectory
         for _ in range(o.accumulate):
             b = train_on[torch.randint(len(train_on), (o.batch // times,), generator=rng)].repeat(times)
             k = ((torch.rand((), generator=rng) + torch.arange(o.batch) / o.batch) % 1 * o.n).long()    # nodes, evenly spread: t = 1 in, t = 0 out
@@ -357,14 +358,14 @@ def main():
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:
-                known = torch.stack([edits[i] for i in b]).to(device) if imitates else None
+                known = torch.stack([edits[i] for i in b]).to(device) if step <= o.imitate else None
                 with autocast:
                     loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, known)
                 scaler.scale(loss / o.accumulate).backward()
                 figures |= {a: v.item() for a, v in parts.items()}
         share([p.grad for p in params])
         scaler.unscale_(opt)
-        norm = torch.nn.utils.clip_grad_norm_(params, o.clip).item()
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()
         if math.isfinite(norm):
             scaler.step(opt)
             with torch.no_grad():

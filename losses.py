@@ -68,10 +68,11 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 @torch.no_grad()
 def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
-    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too.
+    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Times above .9 become one, at .92: up there
+    the base sees too little of the picture.
 
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
-    y = x
+    y, ts = x, torch.cat([torch.tensor([.92]), ts[ts < .9]])
     for t, t_next in zip(ts[:-1], ts[1:]):
         change, times = 0, t.repeat(len(x)).to(x.device)
         for _ in range(draws):

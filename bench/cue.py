@@ -24,7 +24,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--n", type=int, default=96, help="scenes")
     p.add_argument("--seed", type=int, default=2024, help="of the scenes and of the noise")
-    p.add_argument("--steps", type=int, default=12, help="of the whole way; those above t = .9 become one, at .92")
+    p.add_argument("--steps", type=int, default=12, help="of the whole way, of which those above t = .9 become one")
     p.add_argument("--draws", type=int, default=2, help="noises that the cue is averaged over")
     p.add_argument("--guidance", type=float, nargs="+", default=[1., 2., 3.])
     o = p.parse_args()
@@ -35,7 +35,6 @@ def main():
         x = vae.encode(to_pixels(np.stack([scenes.render(s) for s in world])))
         prompts = {"src": text(captions), "tgt": text([derive("make it winter", c)[0] for c in captions]), "null": text([""] * o.n)}
     ts, table = time_grid(o.steps, shift), {}
-    ts = torch.cat([torch.tensor([.92]), ts[ts < .9]])
     constant = lambda w: lambda t: torch.full((len(t), 1, 1, 1), w)
     for w in o.guidance:
         for name, guidance in ({"constant": constant(w)} | ({"fading": lambda t: fade(w, t)} if w != 1 else {})).items():

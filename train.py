@@ -93,7 +93,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--held", type=int, default=6, help="images kept out of training, for the sample sheets")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-                   help="auto: bf16 where the machine computes in it; fp32 for the embedded base on a processor")
+                   help="auto: bf16 on a GPU that computes in it, else fp32")
     o = p.parse_args()
     paths, clips = data.find(o.data, o.frames)
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
@@ -113,15 +113,6 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     if o.batch % (RANKS * o.states):
         p.error(f"--batch {o.batch} cannot be shared evenly by --states {o.states}" + f" and {RANKS} ranks" * (RANKS > 1))
     return o, paths
-
-
-def precision(name: str, device: torch.device, base: str = "") -> torch.dtype | None:
-    """-> dtype of autocast, or None for float32; on a processor the embedded base is so small that it is faster in it."""
-    if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else \
-            device.type == "cpu" and base != "tiny" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        name = "bf16" if fast else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def claim(out):
@@ -232,7 +223,8 @@ def main():
         lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        amp = precision(o.dtype, device, o.base)
+        half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        amp = {"auto": half, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[o.dtype]      # of autocast; None: float32
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
         # Encode everything once; the encoders are not needed after that.

@@ -219,7 +219,8 @@ def main():
     truth = [scenes.render(change(world[j], kinds[j], values[j])) for j in shown]
     rows = [[a[j] for j in shown] for a in (images, output)] + [truth]
     scenes.sheet([row[k:k + 16] for k in range(0, len(shown), 16) for row in rows]).save(out / "evaluate.png")
-    command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + f' --instr "{o.instr}"' * bool(o.instr)
+    command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + \
+        f' --instr "{o.instr}"' * bool(o.instr) + f" --out {o.out}" * bool(o.out)
     made = data.origin()
     table = page(figures | ({"season, time, weather, house": overall} if len(groups) > 1 else {}), f"`{command}`") + \
         f"\nMade by commit {made['commit']} on {time.strftime('%Y-%m-%d')}, {made['machine']}.\n"

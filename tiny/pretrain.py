@@ -26,11 +26,9 @@ import scenes  # noqa: E402
 from frozen.text import CLIPText, Text, Tokenizer, byte_symbols, split_words  # noqa: E402
 from frozen.vae import VAE, to_pixels  # noqa: E402
 from model import MMDiT, load_base, sincos  # noqa: E402
-from train import Muon, precision  # noqa: E402
+from train import Muon  # noqa: E402
 
 WORK = ROOT / "tiny" / "work"
-AMP = precision("auto", torch.device("cpu"))                            # bfloat16 where the processor computes in it
-AUTOCAST = torch.autocast("cpu", AMP, enabled=AMP is not None)
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 8, "sample_size": 64,
     "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
@@ -94,8 +92,7 @@ def cmd_vae(args):
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (.02 + .98 * .5 * (1 + math.cos(math.pi * gone)))
         pixels = to_pixels(images[np.sort(rng.integers(0, len(images), 16))]).to(memory_format=torch.channels_last)
-        with AUTOCAST:
-            mse, l1, kl = loss_of(pixels)
+        mse, l1, kl = loss_of(pixels)
         loss = mse + .2 * l1 + 5e-5 * kl
         opt.zero_grad()
         loss.backward()
@@ -124,8 +121,7 @@ def encode_all(vae, images):
     """Encodes the whole world once. -> (n, 8, 16, 16), not yet normalised"""
     out = []
     for i in range(0, len(images), 250):
-        with AUTOCAST:
-            out.append(vae.moments(to_pixels(images[i:i + 250]))[0].half())
+        out.append(vae.moments(to_pixels(images[i:i + 250]))[0].half())
     return torch.cat(out).float()
 
 
@@ -224,9 +220,8 @@ def cmd_flow(args):
         x = latents[pick].float()
         eps, t = torch.randn_like(x), torch.sigmoid(torch.randn(len(x)) + math.log(2))     # shifted by 2, as sampling is
         x_t = torch.lerp(x, eps, t[:, None, None, None])
-        with AUTOCAST:
-            v = model(x_t, t, text.encode(ids))
-        loss = F.mse_loss(v.float(), eps - x)
+        v = model(x_t, t, text.encode(ids))
+        loss = F.mse_loss(v, eps - x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.)
         for opt in opts:

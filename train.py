@@ -38,11 +38,12 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "The embedded recipe").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine", muon=False),
+                  identity_first=200, identity_share=.15, imitate=0., ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine",
+                  muon=False),
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=10, identity_share=.25, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
+                 identity_first=0, identity_share=.25, imitate=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
-CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1)}      # what differs for clips
+CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1, imitate=0., identity_first=10)}  # for clips
 
 
 def pixels(text: str) -> tuple[int, int]:
@@ -76,6 +77,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor in the cosine cue"),
             ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
             ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
+            ("imitate", float, "share of the steps, from the first on, that imitate edits made by following the delta cue before training; 0 to 1"),
             ("ema", float, "decay of the averaged adapter"), ("warmup", int, "steps until the full rate"),
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
             ("source-rate", float, "learning rate of what reads the source, in --lr"),
@@ -83,7 +85,6 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
-    p.add_argument("--imitate", type=int, default=0, help="first steps that imitate edits made, before training, by following the delta cue")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
@@ -99,13 +100,16 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
     if o.recipe == "auto":
         o.recipe = "tiny" if o.base == "tiny" else "paper"
+    if o.imitate and (o.cue not in (None, "delta") or clips):
+        p.error("--imitate needs --cue delta and pictures")
     for k, v in (RECIPES[o.recipe] | (CLIPS[o.recipe] if clips else {})).items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
     for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
-    if o.imitate and (o.cue != "delta" or clips):
-        p.error("--imitate needs --cue delta and pictures")
+    o.imitate *= o.cue == "delta"
+    if not 0 <= o.imitate <= 1:
+        p.error(f"--imitate is a share of the steps, between 0 and 1, not {o.imitate}")
     if not 0 <= o.shared_noise <= 1:
         p.error(f"--shared-noise must lie between 0 and 1, not {o.shared_noise}")
     if (o.frames > 1) != clips:
@@ -309,8 +313,8 @@ def main():
     say = lambda text: tqdm.write(text, file=sys.stderr)
     if RANK:
         save = draw = say = lambda _: 0.                    # rank 0 alone writes and speaks
-    edits, own = [], torch.Generator().manual_seed(o.seed)                      # to imitate, one for each row; the same in every rank
-    todo = torch.arange(len(rows)).split(o.batch) if first < o.imitate else ()
+    edits, own, imitated = [], torch.Generator().manual_seed(o.seed), round(o.imitate * o.steps)     # an edit for each row, the same in every rank
+    todo = torch.arange(len(rows)).split(o.batch) if max(first, o.identity_first) < imitated else ()
     for i in tqdm(todo, "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0 or not todo):
         x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
         with autocast:
@@ -327,7 +331,7 @@ def main():
     mine = slice(RANK, None, RANKS)                                             # every rank draws the whole batch and takes its share
     for step in bar:
         rate, figures = set_rate(opt, step, o), {}
-        times = o.states if step > o.imitate else 1                             # states of one picture and trajectory
+        times = o.states if step > imitated else 1                             # states of one picture and trajectory
         for _ in range(o.accumulate):
             b = train_on[torch.randint(len(train_on), (o.batch // times,), generator=rng)].repeat(times)
             k = ((torch.rand((), generator=rng) + torch.arange(o.batch) / o.batch) % 1 * o.n).long()    # nodes, evenly spread: t = 1 in, t = 0 out
@@ -350,7 +354,7 @@ def main():
                 scaler.scale(o.identity * loss / o.accumulate).backward()
                 figures["identity"] = loss.item()
             if step > o.identity_first:
-                known = torch.stack([edits[i] for i in b]).to(device) if step <= o.imitate else None
+                known = torch.stack([edits[i] for i in b]).to(device) if step <= imitated else None
                 with autocast:
                     loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, known)
                 scaler.scale(loss / o.accumulate).backward()

@@ -5,10 +5,10 @@
     python bench/ablate.py sweeps --seeds 1 --steps 80
     python bench/ablate.py steps --seeds 3
 
-Every row is the README's own run ("make it winter", shortened, its phases in proportion) with one thing changed, for several training
-seeds, judged as in bench/evaluate.py on the same held-out scenes. The paper's figures are marks out of 10 by a language model (about
-60 samples), ours are measured; only the directions can be compared. Writes bench/results/<table>.md and .png; every run is kept in
-bench/results/runs.json as it ends.
+Every row is the README's own run ("make it winter", shortened, its phases in proportion, and without imitation, which would do in advance
+what the parts are to do) with one thing changed, for several training seeds, judged as in bench/evaluate.py on the same held-out
+scenes. The paper's figures are marks out of 10 by a language model (about 60 samples), ours are measured; only the directions can be
+compared. Writes bench/results/<table>.md and .png; every run is kept in bench/results/runs.json as it ends.
 """
 import argparse
 import json
@@ -33,6 +33,7 @@ ABLATION = {                                            # what is changed, and t
     "without bootstrapping (noised source)": ("--no-bootstrap", "5.5 / 7.1"),
     "without prior (no teacher cue)": ("--prior 0", "0.6 / 9.8"),
     "without random identity": ("--identity-share 0", "8.4 / 7.5"),
+    "with imitation (of followed cues, in the first half of the steps)": ("--imitate .5", ""),
 }
 TABLES = {
     "ablation": ABLATION,
@@ -119,7 +120,7 @@ def main():
     for seed in range(o.seeds):
         for name, (flags, paper) in TABLES[o.table].items():
             steps = int(flags.split()[1]) if flags.startswith("--steps") else o.steps
-            flags = f"--steps {steps} --identity-first {steps // 30} --warmup {steps // 15} " + flags.removeprefix(f"--steps {steps}")
+            flags = f"--steps {steps} --identity-first {steps // 30} --warmup {steps // 15} --imitate 0 " + flags.removeprefix(f"--steps {steps}")
             key = f"{flags.strip()} --seed {seed} / {o.n} scenes of seed {o.scenes}"
             rows.setdefault(name, ([], paper))[0].append(key)
             todo.append((name, key, flags, seed))

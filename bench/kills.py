@@ -34,7 +34,7 @@ def start(data, out, steps, resume):
     code = 1
     try:
         sys.argv = ["train.py", "--data", str(data), "--instr", "make it winter", "--base", "tiny", "--out", str(out), "--steps", str(steps),
-                    "--identity-first", "2", "--imitate", str(steps // 2), "--batch", "2", "--states", "2", "--n", "2", "--rank", "2",
+                    "--identity-first", "2", "--batch", "2", "--states", "2", "--n", "2", "--rank", "2",
                     "--views", "2", "--held", "1", "--every", "1", "--warmup", "3", "--size", "32"] + ["--resume"] * resume
         sys.stdout = sys.stderr = open(os.devnull, "w")
         train.main()

@@ -10,7 +10,7 @@ sample      text to picture, diffusers' StableDiffusion3Pipeline and sample.py's
 load        from a folder to a model ready to run, in a fresh process each: seconds, and peak memory beyond the imports
 edit        editing against sampling from the base without and with guidance, and against an editor that reads the source as more
             tokens (written here only, for the comparison)
-step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts
+step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts; one of imitation, where the recipe has it
 
 Each ratio is the median over rounds of (theirs / ours) or (ours / theirs), with its quartiles. The last line is one JSON object:
 forward_vs_diffusers and train_vs_diffusers (above 1: we are faster; the worst config), edit_vs_base, edit_vs_guided and
@@ -225,13 +225,16 @@ def byg_step(base, recipe, rounds):
         x_t = torch.lerp(x, eps, t[:, None, None, None])
         finish(losses.identity_loss(model, merged(model, adapter), x, x_t, t, eps - x, prompts["undo"]))
 
-    def byg():
-        finish(losses.byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o)[0])
+    def byg(known=None):
+        finish(losses.byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, known)[0])
 
     with timed("rollout"), timed("teacher"):
-        times = in_turn(rounds, supervised=supervised, byg=byg)
-    step = [a + o.identity_share * b for a, b in zip(times["byg"], times["supervised"])]
-    out = {"step": show(f"{recipe} recipe: a ByG step, in units of a supervised step", ratio(step, times["supervised"]), step)}
+        times = in_turn(rounds, supervised=supervised, step=byg, **{"imitation": lambda: byg(x)} if o.imitate else {})
+    out, identity = {}, [o.identity_share * s for s in times["supervised"]]
+    for name in times.keys() - {"supervised"}:
+        seconds = [a + b for a, b in zip(times[name], identity)]
+        what = {"step": "a ByG step", "imitation": "a step of imitation"}[name]
+        out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
     for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("teacher", "the frozen base's answers")):
         out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
     return out

@@ -28,7 +28,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     for a, b in zip(one, two):
         for name in ("identity", "cycle", "prior"):
             assert (name in a) == (name in b) and (name not in a or a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5)), (name, a, b)
-    assert shared.stdout.count("done:") == 1 and shared.stderr.count("96 images in") == 1       # rank 0 speaks for both
+    assert shared.stdout.count("done:") == 1 and shared.stderr.count("256 images in") == 1       # rank 0 speaks for both
 
 
 @pytest.mark.parametrize("victim", [0, 1])

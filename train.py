@@ -43,7 +43,7 @@ RECIPES = {
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
                  identity_first=0, identity_share=.25, imitate=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
-CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1, imitate=0., identity_first=10)}  # for clips
+CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1, identity_first=10)}     # what differs for clips
 
 
 def pixels(text: str) -> tuple[int, int]:
@@ -100,14 +100,15 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
     if o.recipe == "auto":
         o.recipe = "tiny" if o.base == "tiny" else "paper"
-    if o.imitate and (o.cue not in (None, "delta") or clips):
-        p.error("--imitate needs --cue delta and pictures")
+    asked = o.imitate
     for k, v in (RECIPES[o.recipe] | (CLIPS[o.recipe] if clips else {})).items():
         setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
     for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
-    o.imitate *= o.cue == "delta"
+    o.imitate *= o.cue == "delta" and not clips
+    if asked and not o.imitate:
+        p.error("--imitate needs --cue delta and pictures")
     if not 0 <= o.imitate <= 1:
         p.error(f"--imitate is a share of the steps, between 0 and 1, not {o.imitate}")
     if not 0 <= o.shared_noise <= 1:

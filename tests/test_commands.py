@@ -110,6 +110,8 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", "tiny/examples", *winter[:-1], "nonsense"], 2, "unknown base"),
             (["train.py", "--data", "tiny/examples", *winter[:2], "--base", "tiny", "--out", "/proc/out"], 1, "cannot be written to"),
             (["train.py", "--data", "tiny/examples", *winter, "--batch", 7], 2, "cannot be shared evenly"),
+            (["train.py", "--data", "tiny/examples", *winter, "--imitate", 150], 2, "a share of the steps"),
+            (["train.py", "--data", "tiny/examples", *winter, "--imitate", 1, "--cue", "cosine"], 2, "--imitate needs --cue delta"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),
             (["sample.py", "--run", out, "--input", mixed / "bad.png"], 1, "cannot be read as an image")):

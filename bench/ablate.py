@@ -66,7 +66,8 @@ def run(key, flags, seed, o):
          "--out", out, *flags.split(), *resume)                   # float32: the same on any machine
     figures = json.loads(call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes).strip().splitlines()[-1])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()    # noqa: E731
+    commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py"))      # the results change as they come
     return {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {
         "seconds": round(log[0]["seconds"] + sum(max(0, b["seconds"] - a["seconds"]) for a, b in zip(log, log[1:]))),     # may have been resumed
         "commit": commit or "unknown", "machine": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}

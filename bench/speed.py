@@ -231,7 +231,7 @@ def byg_step(base, recipe, rounds):
     with timed("rollout"), timed("teacher"):
         times = in_turn(rounds, supervised=supervised, step=byg, **{"imitation": lambda: byg(x)} if o.imitate else {})
     out, identity = {}, [o.identity_share * s for s in times["supervised"]]
-    for name in times.keys() - {"supervised"}:
+    for name in list(times)[1:]:
         seconds = [a + b for a, b in zip(times[name], identity)]
         what = {"step": "a ByG step", "imitation": "a step of imitation"}[name]
         out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)

@@ -360,8 +360,10 @@ def write_clip(path: str | pathlib.Path, frames: Iterable[tuple[np.ndarray, floa
 # ---- what a run leaves to read ------------------------------------------------------------------------------------
 def origin() -> dict[str, str]:
     """What a run was made of. -> dict of command, commit, versions"""
-    git = shutil.which("git") and subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return {"command": f"python {shlex.join(sys.argv)}", "commit": git or "unknown", "python": platform.python_version(),
+    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""    # noqa: E731
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")  # only code: tables and pictures change while they are made
+    commit = git("describe", "--always") + "-dirty" * bool(dirty)
+    return {"command": f"python {shlex.join(sys.argv)}", "commit": commit or "unknown", "python": platform.python_version(),
             "torch": torch.__version__, "machine": platform.machine()}
 
 

@@ -189,7 +189,7 @@ def new_optimizer(adapter: Adapter, o: argparse.Namespace) -> torch.optim.Optimi
 
 def set_rate(opt: torch.optim.Optimizer, step: int, o: argparse.Namespace) -> float:
     """Warm-up, then a cosine to zero. -> the rate"""
-    rate = o.lr * min(1, step / o.warmup) * .5 * (1 + math.cos(math.pi * step / o.steps))
+    rate = o.lr * min(1, step / max(1, o.warmup)) * .5 * (1 + math.cos(math.pi * step / o.steps))
     for group in opt.param_groups:
         group["lr"] = rate * group["scale"]
     return rate

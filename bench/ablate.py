@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -66,11 +65,10 @@ def run(key, flags, seed, o):
          "--out", out, *flags.split(), *resume)                   # float32: the same on any machine
     figures = json.loads(call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes).strip().splitlines()[-1])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    git = lambda *args: subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()    # noqa: E731
-    commit = git("describe", "--always") + "-dirty" * bool(git("status", "--porcelain", "--", "*.py"))      # the results change as they come
+    made = json.loads((out / "config.json").read_text())["made"]
     return {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {
         "seconds": round(log[0]["seconds"] + sum(max(0, b["seconds"] - a["seconds"]) for a, b in zip(log, log[1:]))),     # may have been resumed
-        "commit": commit or "unknown", "machine": platform.processor() or platform.machine(), "date": time.strftime("%Y-%m-%d")}
+        "commit": made["commit"], "machine": made["machine"], "date": time.strftime("%Y-%m-%d")}
 
 
 def table(rows, done, o, command):

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import pathlib
-import subprocess
 import time
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 from evaluate import held_out, read_json, scenes  # puts the repository on the path, so first
 from memory import Meter
 
-from data import derive                                     # isort: skip
+from data import derive, origin                                     # isort: skip
 from edits import change
 from frozen.vae import to_pixels
 from losses import byg_loss, delta_change, fade, teacher
@@ -75,9 +74,8 @@ def main():
         prompts = {k: text(v) for k, v in (("src", captions), ("tgt", [d[0] for d in derived]), ("undo", [d[1] for d in derived]),
                                            ("instr", ["make it winter"] * len(world)), ("null", [""] * len(world)))}
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(o.seed))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True).stdout.strip()
     lines = [f"`python bench/study.py --n {o.n} --seed {o.seed} --runs {' '.join(o.runs)}`".replace(" --runs `", "`"), "",
-             f"Commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads.", "",
+             f"Commit {origin()['commit']}, {time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads.", "",
              "## The cue", "", "| t | strength | cosine with the true change, at the source: paper | delta | at the true edit: paper | delta |",
              "|---|---|---|---|---|---|"]
     with torch.no_grad():

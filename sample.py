@@ -25,8 +25,8 @@ from routing import Velocity, integrate, noise, time_grid
 
 
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1) -> Tensor:
-    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip
-    -> (B, C, H, W)"""
+    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
+    may be `merged` -> (B, C, H, W)"""
     adapter = merged(model, adapter)
     *_, y = integrate(lambda y, t: model(y, t, prompt, x, adapter, frames), eps, ts)
     return y
@@ -142,7 +142,8 @@ def main():
     if o.input and not pathlib.Path(o.input).exists():
         raise UserError(f"--input {o.input}: there is no such file or folder", 2)
     model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
-    adapter = load_adapter(run / "adapter.safetensors", model)[0]
+    with autocast:                                          # once: weights that `edit` merges anew each time are slow to read
+        adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
     instr = o.instr or config["instr"]
     if o.input and not instr:
         raise UserError(f'{run} takes many instructions: say which, as in --instr "make it winter"', 2)

@@ -179,7 +179,8 @@ def concatenating(model, x_t, t, prompt, source):
 def editing(base, rounds, batch=8):
     """-> cost of an edit in units of sampling from the base without guidance, with guidance, and of an editor by concatenation"""
     model, _, text, shift = base
-    x, eps, adapter = *torch.randn(2, batch, model.channels, model.sample_size, model.sample_size), new_adapter(model, 64)
+    x, eps = torch.randn(2, batch, model.channels, model.sample_size, model.sample_size)
+    adapter = merged(model, new_adapter(model, 64))         # once, as sample.py does
     prompt, null, ts = text(["make it winter"] * batch), text([""] * batch), time_grid(20, shift)
     last = lambda velocity: list(integrate(velocity, eps, ts))[-1]              # noqa: E731
     times = in_turn(rounds, edit=lambda: edit(model, adapter, x, prompt, eps, ts), base=lambda: last(lambda y, t: model(y, t, prompt)),

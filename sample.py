@@ -115,7 +115,11 @@ def options():
     p.add_argument("--steps", type=int, default=20, help="Euler steps (28 is usual with --prompt)")
     p.add_argument("--guidance", type=float, default=4.5, help="with --prompt only; the editor needs none")
     p.add_argument("--seed", type=int, default=0)
-    return p.parse_args()
+    o = p.parse_args()
+    for k in ("steps", "frames"):
+        if getattr(o, k) is not None and getattr(o, k) < 1:
+            p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    return o
 
 
 @torch.no_grad()

@@ -113,6 +113,7 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 150], 2, "a share of the steps"),
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 1, "--cue", "cosine"], 2, "--imitate needs --cue delta"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
+            (["sample.py", "--run", out, "--steps", 0], 2, "--steps must be above 0"),
             (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),
             (["sample.py", "--run", out, "--input", mixed / "bad.png"], 1, "cannot be read as an image")):
         done = call(*args)

@@ -68,11 +68,11 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 @torch.no_grad()
 def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
-    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Times above .9 become one, at .92: up there
-    the base sees too little of the picture.
+    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Above t = .9 only the change's mean over
+    the picture is taken: up there the base sees how light a picture is, which night needs, but not where its house stands.
 
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
-    y, ts = x, torch.cat([torch.tensor([.92]), ts[ts < .9]])
+    y = x
     for t, t_next in zip(ts[:-1], ts[1:]):
         change, times = 0, t.repeat(len(x)).to(x.device)
         for _ in range(draws):
@@ -81,7 +81,7 @@ def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callab
             y_t = y + x_t - x                               # the state of a straight path from eps to y
             v_src, v_tgt = teacher(model, [((x_t, times), prompts["src"], None), ((y_t, times), prompts["tgt"], guidance(times))], prompts["null"])
             change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times) / draws
-        y = y - (t - t_next) * change
+        y = y - (t - t_next) * (change.mean((2, 3), keepdim=True) if t > .9 else change)
     return y
 
 

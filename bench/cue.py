@@ -2,7 +2,7 @@
 
     python bench/cue.py --n 96 --seed 2024
 
-The edit begins as the source and takes, from t = .92 on, the change that the delta cue asks for (losses.py): where a training
+The edit begins as the source and takes the change that the delta cue asks for (losses.py, `follow`): where a training
 that followed the cue to the letter would end, and a cheap way to compare cues. Judged as in bench/evaluate.py, a line for each
 guidance, constant and fading with noise. The last line is one JSON object.
 """
@@ -24,7 +24,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--n", type=int, default=96, help="scenes")
     p.add_argument("--seed", type=int, default=2024, help="of the scenes and of the noise")
-    p.add_argument("--steps", type=int, default=12, help="of the whole way, of which those above t = .9 become one")
+    p.add_argument("--steps", type=int, default=12, help="of the whole way")
     p.add_argument("--draws", type=int, default=2, help="noises that the cue is averaged over")
     p.add_argument("--guidance", type=float, nargs="+", default=[1., 2., 3.])
     o = p.parse_args()

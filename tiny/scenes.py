@@ -362,7 +362,7 @@ def main():
         scene = sample_scene(rng, season=seasons[i % len(seasons)], style="plain")
         name = f"{i:03d}.{'webp' if args.frames > 1 else 'png'}"
         first, *others = (Image.fromarray(render(scene, k / 8)) for k in range(args.frames))
-        first.save(out / name, **dict(save_all=True, append_images=others, duration=125, loop=0, lossless=True, quality=100, method=6) if others else {})
+        first.save(out / name, **dict(save_all=True, append_images=others, duration=125, lossless=True, quality=100, method=6) if others else {})
         lines.append(json.dumps({"file_name": name, "text": caption(scene, rng, drop=0.)}))
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 

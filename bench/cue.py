@@ -47,7 +47,8 @@ def main():
                 output = np.concatenate([to_images(vae.decode(part)) for part in y.split(25)])
             table[f"{w:g} {name}"] = figures = summary(judge_all(world, [kind] * o.n, [value] * o.n, output))
             print(f"guidance {w:g} {name:9} success {100 * figures['success']:3.0f} %, "
-                  f"preservation {figures['preservation_db'] or math.nan:.1f} dB, truth {figures['psnr_truth_db']:.1f} dB, read wrongly: {figures['wrong'] or 'nothing'}", flush=True)
+                  f"preservation {figures['preservation_db'] or math.nan:.1f} dB, truth {figures['psnr_truth_db']:.1f} dB, "
+                  f"read wrongly: {figures['wrong'] or 'nothing'}", flush=True)
     print(json.dumps({"instr": o.instr, "n": o.n, "seed": o.seed, "rows": table}))
 
 

@@ -71,14 +71,17 @@ def derive(instr: str, caption: str) -> tuple[str, str] | None:
         for member, (says, asks) in family.items():
             if (asked := _find(asks, instr)) is None:
                 continue
+            tgt = caption
+            if member in ("sunset", "night"):               # to the base "on a summer day" is noon, whatever else is said
+                tgt = re.sub(r"\bon an? (spring|summer|autumn|fall|winter) day\b", r"in \1", tgt, flags=re.I)
             for other, (says_other, asks_other) in family.items():
                 if (said := _find(says_other, caption)) is not None:
                     if other == member:
                         return None
-                    return _swap(said, says[0], caption), _swap(asked, asks_other[0], instr)
+                    return _swap(said, says[0], tgt), _swap(asked, asks_other[0], instr)
             if appended:
-                return f"{caption} {appended.format(says[0])}", f"make it {caption}"
-            return f"{says[0]} {caption}", f"make it {caption}"
+                return f"{tgt} {appended.format(says[0])}", f"make it {caption}"
+            return f"{says[0]} {tgt}", f"make it {caption}"
     if (m := re.match(r"(?:change|turn|replace) (.+?) (?:to|into|with) (.+)", instr, re.I)) and _find([m[1]], caption):
         return _swap(m[1], m[2], caption), _swap(m[1], "\0", _swap(m[2], m[1], instr)).replace("\0", m[2])
     if m := re.match(r"remove (?:the |a |an )?(.+)", instr, re.I):

@@ -16,6 +16,8 @@ from model import UserError
     ("make it winter", "a red house by a lake", "a red house by a lake in winter", "make it a red house by a lake"),
     ("paint the house blue", "a red house at night", "a blue house at night", "paint the house red"),
     ("make it night", "a red house by day in spring", "a red house at night in spring", "make it noon"),
+    ("make it night", "a red house on a spring day at noon", "a red house in spring at night", "make it noon"),
+    ("make it night", "a red house on a spring day", "a red house in spring at night", "make it a red house on a spring day"),
     ("change the weather to foggy", "a house in the rain", "a house in fog", "change the weather to rainy weather"),
     ("change the lake to a desert", "a house by the lake", "a house by a desert", "change a desert to the lake"),
     ("add a boat", "a lake", "a lake with a boat", "make it a lake"),

@@ -68,7 +68,7 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 @torch.no_grad()
 def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
-    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Above t = .95 only the change's mean over
+    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Above t = .9 only the change's mean over
     the picture is taken: up there the base sees how light a picture is, which night needs, but not where its house stands.
 
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
@@ -81,7 +81,7 @@ def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callab
             y_t = y + x_t - x                               # the state of a straight path from eps to y
             v_src, v_tgt = teacher(model, [((x_t, times), prompts["src"], None), ((y_t, times), prompts["tgt"], guidance(times))], prompts["null"])
             change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times) / draws
-        y = y - (t - t_next) * (change.mean((2, 3), keepdim=True) if t > .95 else change)
+        y = y - (t - t_next) * (change.mean((2, 3), keepdim=True) if t > .9 else change)
     return y
 
 

@@ -146,8 +146,8 @@ def main():
     if o.input and not pathlib.Path(o.input).exists():
         raise UserError(f"--input {o.input}: there is no such file or folder", 2)
     model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
-    with autocast:                                          # once: weights that `edit` merges anew each time are slow to read
-        adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
+    # merged once: weights that `edit` merges anew each time are slow to read
+    adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
     instr = o.instr or config["instr"]
     if o.input and not instr:
         raise UserError(f'{run} takes many instructions: say which, as in --instr "make it winter"', 2)

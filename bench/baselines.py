@@ -142,9 +142,11 @@ def main():
         rows.append(np.load(pictures))
     rows.append(np.stack([scenes.render(change(s, kind, value)) for s in world[:12]]))
     scenes.sheet([list(r) for r in rows]).save(RESULTS / "baselines.png")
+    made = config.get("made", {"commit": "unknown", "machine": "unknown"})
     title = f"`{command} --pairs {' '.join(map(str, o.pairs))}`"
     (RESULTS / "baselines.md").write_text(page(done, f"{title}\n\n\"{instr}\", {o.n} held-out scenes, 95 % intervals over scenes. "
-                                               "Picture: the source, a row for each method in this order, the truth."))
+                                               "Picture: the source, a row for each method in this order, the truth.")
+                                          + f"\nByG's editor was made by commit {made['commit']}, {made['machine']}.\n")
     print(json.dumps({k: done[k]["success"] for k in done}))
 
 

@@ -32,7 +32,7 @@ import data  # noqa: E402
 import scenes  # noqa: E402
 from edits import EDITS, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
 from frozen.vae import to_images, to_pixels  # noqa: E402
-from model import UserError, load_adapter, load_base, read_json  # noqa: E402
+from model import UserError, load_adapter, load_base, merged, read_json  # noqa: E402
 from routing import noise, time_grid  # noqa: E402
 from sample import edit  # noqa: E402
 
@@ -123,6 +123,7 @@ def judge_all(world, kinds, values, output, taus=None):
 @torch.no_grad()
 def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0.):
     """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all -> edited images"""
+    adapter = merged(model, adapter)
     out, generator, size = [], torch.Generator().manual_seed(seed), 24 // frames * frames if frames > 1 else 25
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i:i + size])))

@@ -109,10 +109,9 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     o.imitate *= o.cue == "delta" and not clips
     if asked and not o.imitate:
         p.error("--imitate needs --cue delta and pictures")
-    if not 0 <= o.imitate <= 1:
-        p.error(f"--imitate is a share of the steps, between 0 and 1, not {o.imitate}")
-    if not 0 <= o.shared_noise <= 1:
-        p.error(f"--shared-noise must lie between 0 and 1, not {o.shared_noise}")
+    for k in ("imitate", "shared_noise", "identity_share"):
+        if not 0 <= getattr(o, k) <= 1:
+            p.error(f"--{k.replace('_', '-')} must lie between 0 and 1, not {getattr(o, k)}")
     if (o.frames > 1) != clips:
         p.error(f"--frames {o.frames}, but {o.data} holds {'clips' if clips else 'pictures, no clips'}")
     if o.batch % (RANKS * o.states):

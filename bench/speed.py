@@ -10,11 +10,12 @@ sample      text to picture, diffusers' StableDiffusion3Pipeline and sample.py's
 load        from a folder to a model ready to run, in a fresh process each: seconds, and peak memory beyond the imports
 edit        editing against sampling from the base without and with guidance, and against an editor that reads the source as more
             tokens (written here only, for the comparison)
-step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts; one of imitation, where the recipe has it
+step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts; one of imitation, where the recipe has
+            it, and the mean over a run
 
 Each ratio is the median over rounds of (theirs / ours) or (ours / theirs), with its quartiles. The last line is one JSON object:
-forward_vs_diffusers and train_vs_diffusers (above 1: we are faster; the worst config), edit_vs_base, edit_vs_guided and
-byg_step_vs_supervised (costs).
+forward_vs_diffusers and train_vs_diffusers (above 1: we are faster; the worst config), edit_vs_base, edit_vs_guided,
+byg_step_vs_supervised and mean_step_vs_supervised (costs).
 """
 import argparse
 import contextlib
@@ -236,6 +237,9 @@ def byg_step(base, recipe, rounds):
         seconds = [a + b for a, b in zip(times[name], identity)]
         what = {"step": "a ByG step", "imitation": "a step of imitation"}[name]
         out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
+    if o.imitate:
+        mean = [o.imitate * a + (1 - o.imitate) * b + c for a, b, c in zip(times["imitation"], times["step"], identity)]
+        out["mean"] = show(f"{recipe} recipe: the mean step of a run, in units of a supervised step", ratio(mean, times["supervised"]), mean)
     for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("teacher", "the frozen base's answers")):
         out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
     return out
@@ -265,7 +269,7 @@ def main():
     worst = lambda what: min(r[what]["ratio"] for r in peers.values())          # noqa: E731
     print(json.dumps({"forward_vs_diffusers": worst("forward"), "train_vs_diffusers": worst("train"),
                       "edit_vs_base": results["edit"]["base"]["ratio"], "edit_vs_guided": results["edit"]["guided"]["ratio"],
-                      "byg_step_vs_supervised": results["step"]["step"]["ratio"],
+                      "byg_step_vs_supervised": results["step"]["step"]["ratio"], "mean_step_vs_supervised": results["step"]["mean"]["ratio"],
                       "rounds": o.rounds, "threads": torch.get_num_threads(), **results, "peers": peers}))
 
 

@@ -110,7 +110,7 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", "tiny/examples", *winter[:-1], "nonsense"], 2, "unknown base"),
             (["train.py", "--data", "tiny/examples", *winter[:2], "--base", "tiny", "--out", "/proc/out"], 1, "cannot be written to"),
             (["train.py", "--data", "tiny/examples", *winter, "--batch", 7], 2, "cannot be shared evenly"),
-            (["train.py", "--data", "tiny/examples", *winter, "--imitate", 150], 2, "a share of the steps"),
+            (["train.py", "--data", "tiny/examples", *winter, "--imitate", 150], 2, "--imitate must lie between 0 and 1"),
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 1, "--cue", "cosine"], 2, "--imitate needs --cue delta"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--steps", 0], 2, "--steps must be above 0"),

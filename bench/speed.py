@@ -233,13 +233,12 @@ def byg_step(base, recipe, rounds):
     with timed("rollout"), timed("teacher"):
         times = in_turn(rounds, supervised=supervised, step=byg, **{"imitation": lambda: byg(x)} if o.imitate else {})
     out, identity = {}, [o.identity_share * s for s in times["supervised"]]
+    if o.imitate:
+        times["mean"] = [o.imitate * a + (1 - o.imitate) * b for a, b in zip(times["imitation"], times["step"])]
     for name in list(times)[1:]:
         seconds = [a + b for a, b in zip(times[name], identity)]
-        what = {"step": "a ByG step", "imitation": "a step of imitation"}[name]
+        what = {"step": "a ByG step", "imitation": "a step of imitation", "mean": "the mean step of a run"}[name]
         out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
-    if o.imitate:
-        mean = [o.imitate * a + (1 - o.imitate) * b + c for a, b, c in zip(times["imitation"], times["step"], identity)]
-        out["mean"] = show(f"{recipe} recipe: the mean step of a run, in units of a supervised step", ratio(mean, times["supervised"]), mean)
     for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("teacher", "the frozen base's answers")):
         out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
     return out

@@ -84,6 +84,8 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
+    p.add_argument("--fresh-noise", action=argparse.BooleanOptionalAction, default=True, help="the delta cue under other noise than the state's, "
+                   "which keeps more; no: under the same, for what begins at random places (snowfall)")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
@@ -338,7 +340,7 @@ def main():
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
             eps = noise(o.batch // times, o.frames, shape, o.shared_noise, rng).repeat(times, 1, 1, 1, 1)
-            eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng)
+            eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng) if o.fresh_noise else eps
             some = lambda i, v: latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames]
             window = lambda at: torch.cat([*map(some, b[mine], at[mine])]).to(device)
             other = window(view)                                                # a crop of the picture, or the clip from some moment on

@@ -41,6 +41,7 @@ TABLES = {
     "sweeps": {"the recipe": ("", "")} | {f"{name} {value}": (f"--{name} {value}", "") for name, values in (
         ("n", (4, 6, 12)), ("ema", (.9, .96, .99)), ("guidance", (1, 2, 5)), ("prior", (2, 8)), ("cycle", (1, 4)), ("states", (1, 4)),
         ("cue", ("cosine",))) for value in values} | {
+        "cue under the state's own noise": ("--no-fresh-noise", "")} | {
         f"cue cosine, alpha {a}": (f"--cue cosine --alpha {a}", "") for a in (0, 1)},
     "steps": {f"{n} steps": (f"--steps {n}", "") for n in (40, 80, 160, 300)},
 }

@@ -38,11 +38,9 @@ TABLES = {
     "ablation": ABLATION,
     "routing": {f"routing: {name}": (flags, "") for name, flags in (
         ("straight-through", ""), ("one-step", "--routing onestep"), ("detach", "--routing detach"), ("backprop", "--routing backprop"))},
-    "sweeps": {"the recipe": ("", "")} | {f"{name} {value}": (f"--{name} {value}", "") for name, values in (
-        ("n", (4, 6, 12)), ("ema", (.9, .96, .99)), ("guidance", (1, 2, 5)), ("prior", (2, 8)), ("cycle", (1, 4)), ("states", (1, 4)),
-        ("cue", ("cosine",))) for value in values} | {
-        "cue under the state's own noise": ("--no-fresh-noise", "")} | {
-        f"cue cosine, alpha {a}": (f"--cue cosine --alpha {a}", "") for a in (0, 1)},
+    "sweeps": {"the recipe": ("", ""), "cue under the state's own noise": ("--no-fresh-noise", ""), "cosine cue": ("--cue cosine", ""),
+               "cosine cue without anchor": ("--cue cosine --alpha 0", "")} | {f"{name} {value}": (f"--{name} {value}", "") for name, values in (
+        ("guidance", (1, 5)), ("n", (4, 12)), ("states", (1, 4)), ("ema", (.9, .99)), ("prior", (2, 8)), ("cycle", (1, 4))) for value in values},
     "steps": {f"{n} steps": (f"--steps {n}", "") for n in (40, 80, 160, 300)},
 }
 

@@ -129,9 +129,10 @@ def main():
             print(f"{name}, seed {seed}: {done[key]}", flush=True)
         command = f"python bench/ablate.py {o.table} --seeds {o.seeds} --steps {o.steps} --n {o.n} --scenes {o.scenes}"
         (RESULTS / f"{o.table}.md").write_text(table(rows, done, o, command))
-    blocks = {name: folder(keys[0]) for name, (keys, _) in rows.items()}
-    if all((out / "samples" / "latest.png").exists() for out in blocks.values()):       # those of runs made elsewhere are not here
-        picture(blocks).save(RESULTS / f"{o.table}.png")
+    for seed in reversed(range(o.seeds)):                   # of a seed whose runs are all here, the first if possible
+        blocks = {name: folder(keys[seed]) for name, (keys, _) in rows.items()}
+        if all((out / "samples" / "latest.png").exists() for out in blocks.values()):
+            picture(blocks).save(RESULTS / f"{o.table}.png")
     print(json.dumps({name: [done[k]["success"] for k in keys] for name, (keys, _) in rows.items()}))
 
 

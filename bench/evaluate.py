@@ -69,7 +69,8 @@ def measure(scene, kind, value, output, tau=0.):
         others = [scenes.render(change(scene, kind, value, i), tau) for i in range(40 if value[0] else 1)]
         wrong += ["trees"] * (min(map(distance, others)) >= distance(source))
     same = np.abs(source.astype(int) - truth).max(-1) <= 2
-    return {"success": not wrong, "wrong": wrong, "preservation_db": psnr(output, source, same), "psnr_truth_db": psnr(output, truth)}
+    way = "trees" if kind == "trees" else f"{getattr(scene, kind)} to {value}"
+    return {"success": not wrong, "wrong": wrong, "edit": way, "preservation_db": psnr(output, source, same), "psnr_truth_db": psnr(output, truth)}
 
 
 def held_out(kind, value, n, seed):
@@ -111,7 +112,9 @@ def summary(results):
     values = {k: [r[k] for r in results if r[k] is not None] for k in FIGURES}
     return {k: round(float(np.mean(v)), 4) if v else None for k, v in values.items()} | {
         "interval": {k: interval(v) if v else None for k, v in values.items()}, "n": len(results),
-        "wrong": dict(collections.Counter(k for r in results for k in r["wrong"]))}
+        "wrong": dict(collections.Counter(k for r in results for k in r["wrong"])),
+        "failed": {e: [n, sum(r["edit"] == e for r in results)] for e, n in
+                   collections.Counter(r["edit"] for r in results if not r["success"]).most_common()}}     # [failures, cases]
 
 
 def judge_all(world, kinds, values, output, taus=None):
@@ -135,12 +138,13 @@ def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1,
 
 def page(groups, title):
     """The figures as Markdown."""
-    lines = [title, "", "| edits | success | preservation | truth | n | read wrongly |", "|---|---|---|---|---|---|"]
+    lines = [title, "", "| edits | success | preservation | truth | n | read wrongly | fails most |", "|---|---|---|---|---|---|---|"]
     for name, g in groups.items():
         low, high = (100 * v for v in g["interval"]["success"])
         db = [f"{g[k]:.1f} dB ({g['interval'][k][0]:.1f} to {g['interval'][k][1]:.1f})" if g[k] is not None else "none stays" for k in FIGURES[1:]]
         wrong = ", ".join(f"{k} {v}" for k, v in sorted(g["wrong"].items(), key=lambda w: -w[1])) or "nothing"
-        lines.append(f"| {name} | {100 * g['success']:.1f} % ({low:.1f} to {high:.1f}) | {db[0]} | {db[1]} | {g['n']} | {wrong} |")
+        fails = ", ".join(f"{e} ({n} of {of})" for e, (n, of) in list(g.get("failed", {}).items())[:3])
+        lines.append(f"| {name} | {100 * g['success']:.1f} % ({low:.1f} to {high:.1f}) | {db[0]} | {db[1]} | {g['n']} | {wrong} | {fails} |")
     return "\n".join(lines) + "\n"
 
 
@@ -160,7 +164,13 @@ def video(o, config, run, out):
     with torch.no_grad():
         shown = np.concatenate([to_images(vae.decode(vae.encode(to_pixels(np.stack(truth[i:i + 40]))))) for i in range(0, len(truth), 40)])
     clips = lambda a: np.stack(a).reshape(o.n, frames, *a[0].shape)             # noqa: E731
-    error = lambda a, b=shown: round(float(temporal_error(clips(a), clips(b)).mean()), 4)   # noqa: E731
+    weather = np.array([s.weather for s in world])         # of what falls, most changes from frame to frame
+
+    def errors(name, a, b=shown):
+        """-> mean over the clips, and over those of each weather"""
+        each = temporal_error(clips(a), clips(b))
+        by = {w: round(float(each[weather == w].mean()), 2) for w in sorted(set(weather))}
+        return {name: round(float(each.mean()), 4), f"{name}_by_weather": by}
 
     def edited(folder, shared):
         adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)[0]         # of pictures: no attention over frames
@@ -168,12 +178,13 @@ def video(o, config, run, out):
             return edit_all(model, vae, adapter, images, text([o.instr or config["instr"]]), shift, o.steps, o.seed, frames, shared)
     output = edited(run, config["shared_noise"])
     judge = lambda a: summary(judge_all(*zip(*[(s, kind, value) for s in world for _ in times]), a, times * o.n))          # noqa: E731
-    figures = judge(output) | {"temporal_error": error(output), "autoencoder": error(shown, truth), "frames": frames, "clips": o.n, "seed": o.seed}
+    figures = judge(output) | errors("temporal_error", output) | errors("autoencoder", shown, truth)
+    figures |= {"frames": frames, "clips": o.n, "seed": o.seed}
     rows = [images, output]
     if o.image:                                             # frame by frame: all frames of a clip as pictures, with noise of their own or one for all
         for name, shared in (("per_frame", 0.), ("shared_noise", 1.)):
             alone = edited(o.image, shared)
-            figures |= {f"temporal_error_{name}": error(alone), name: judge(alone)}
+            figures |= errors(f"temporal_error_{name}", alone) | {name: judge(alone)}
             rows.append(alone)
     scenes.sheet([row[i * frames:(i + 1) * frames] for i in range(3) for row in [*rows, truth]]).save(out / "video.png")
     (out / "video.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -129,10 +129,10 @@ def main():
             print(f"{name}, seed {seed}: {done[key]}", flush=True)
         command = f"python bench/ablate.py {o.table} --seeds {o.seeds} --steps {o.steps} --n {o.n} --scenes {o.scenes}"
         (RESULTS / f"{o.table}.md").write_text(table(rows, done, o, command))
-    for seed in reversed(range(o.seeds)):                   # of a seed whose runs are all here, the first if possible
-        blocks = {name: folder(keys[seed]) for name, (keys, _) in rows.items()}
-        if all((out / "samples" / "latest.png").exists() for out in blocks.values()):
-            picture(blocks).save(RESULTS / f"{o.table}.png")
+    here = lambda keys: {name: folder(k) for name, k in zip(rows, keys)                         # noqa: E731
+                         if k in done and (folder(k) / "samples" / "latest.png").exists()}
+    if blocks := max(map(here, zip(*(keys for keys, _ in rows.values()))), key=len):            # of the seed of which most runs are here
+        picture(blocks).save(RESULTS / f"{o.table}.png")
     print(json.dumps({name: [done[k]["success"] for k in keys] for name, (keys, _) in rows.items()}))
 
 

@@ -59,7 +59,8 @@ def test_an_exact_edit_is_a_success_and_an_untouched_picture_is_none():
         for scene, kind, value, _ in cases:
             exact = evaluate.measure(scene, kind, value, scenes.render(edits.change(scene, kind, value)))
             assert exact["success"] and exact["psnr_truth_db"] > 60 and (exact["preservation_db"] or 99) > 40, (kind, value, exact)
-            assert not evaluate.measure(scene, kind, value, scenes.render(scene))["success"], (kind, value)
+            copy = evaluate.measure(scene, kind, value, scenes.render(scene))
+            assert not copy["success"] and evaluate.summary([copy, exact])["failed"] == {copy["edit"]: [1, 2]}, (kind, value)
     low, high = evaluate.interval([0, 1] * 50)
     assert .38 < low < .45 and .55 < high < .62                                 # +- 1.96 * .5 / 10
 

@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def to_html(text):
-    """The little Markdown that bench writes: paragraphs, tables, `code` and **bold**."""
+    """The little Markdown that bench writes: paragraphs, ## headings, tables, `code` and **bold**."""
     inline = lambda s: re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(s, quote=False)))  # noqa: E731
     out = []
     for block in re.split(r"\n\s*\n", text.strip()):
@@ -23,6 +23,8 @@ def to_html(text):
         if block.startswith("|"):
             row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"                            # noqa: E731
             out.append('<div class="scroll"><table>' + row(rows[0], "th") + "".join(row(cells, "td") for cells in rows[2:]) + "</table></div>")
+        elif block.startswith("## "):
+            out.append(f"<h3>{inline(block[3:])}</h3>")
         else:
             out.append(f"<p>{inline(block)}</p>")
     return "\n".join(out)

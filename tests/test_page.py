@@ -102,7 +102,9 @@ def test_it_fits_a_phone(browser):
 
 def test_what_was_measured_is_a_page_too(browser):
     browser.get((ROOT / "bench" / "results" / "index.html").as_uri())
-    tables = [p.read_text().count("\n|") - 1 for p in sorted((ROOT / "bench" / "results").rglob("*.md"))]       # rows, without the rule
+    blocks = [block for p in sorted((ROOT / "bench" / "results").rglob("*.md")) for block in p.read_text().split("\n\n")]
+    tables = [block.strip().count("\n") for block in blocks if block.startswith("|")]       # rows, without the rule
+    assert len(browser.find_elements("css selector", "h3")) == sum(block.startswith("## ") for block in blocks) > 0
     assert [len(t.find_elements("css selector", "tr")) for t in browser.find_elements("css selector", "table")] == tables
     pictures = browser.find_elements("css selector", "img")
     assert len(pictures) == len(list((ROOT / "bench" / "results").rglob("*.png"))) > 0

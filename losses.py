@@ -95,7 +95,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
 
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
-    pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): fresh noise for the delta cue; k (B,) node of the time grid ts for
+    pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): noise for the delta cue, fresh or eps; k (B,) node of the time grid ts for
     each sample; average: the averaged adapter of the bootstrap; o: options frames (samples that are one clip), states, routing, bootstrap,
     cue, alpha, guidance, cycle, prior, reverse; known (B, C, H, W): edits to imitate, from `follow`, instead of rollout and teacher.
     -> loss, dict of figures
@@ -121,7 +121,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
         y_t = x_t                                           # the ablation: the editor only ever meets the noised source
     if known is not None:
         change = x - known                                  # of the velocity, from eps - x to eps - known
-    elif o.cue == "delta":                                  # the same states under other noise, which the editor cannot know
+    elif o.cue == "delta":                                  # the same states under eps_cue: if fresh, the editor cannot know it
         at_x, at_y = ((z + s * (eps_cue - eps), t) for z in (x_t, y_t))
         v_src, v_tgt = teacher(model, [(at_x, src, None), (at_y, tgt, w and fade(w, t))], prompts["null"])
         change = delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t)

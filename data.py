@@ -155,7 +155,8 @@ def read_prompts(folder: str | pathlib.Path, paths: list[pathlib.Path], instr: s
     for path in paths:
         name, note = path.as_posix(), (folder / path).with_suffix(".txt")
         if name in tuples and instr is None:
-            rows.append({"path": folder / path} | {k: tuples[name][k] for k in ("src", "tgt", "instr", "undo")})
+            rows.append({"path": folder / path, "own_noise": bool(tuples[name].get("own_noise"))} |
+                        {k: tuples[name][k] for k in ("src", "tgt", "instr", "undo")})
             continue
         if instr is None:
             raise UserError(f"no instruction for {folder / path}: give --instr \"make it winter\", or a tuples.jsonl with a line for each image", 2)

@@ -89,6 +89,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
+    p.add_argument("--weight-decay", type=float, default=1e-2, help="of the LoRA, towards the base")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--size", type=pixels, default=(512, 512), metavar="N|HxW",
                    help="pixels; rounded to whole patches, and shrunk to the area of the base's own pictures where it is larger")
@@ -184,8 +185,8 @@ class Muon(torch.optim.Optimizer):
 def new_optimizer(adapter: Adapter, o: argparse.Namespace) -> torch.optim.Optimizer:
     """Muon or AdamW; what reads the source, which starts from nothing, learns at o.source_rate times the rate."""
     kind = Muon if o.muon else torch.optim.AdamW
-    return kind([{"params": [p for k, p in adapter.items() if k.startswith("source_") == source], "scale": scale}
-                 for source, scale in ((False, 1.), (True, o.source_rate))], weight_decay=1e-2)
+    return kind([{"params": [p for k, p in adapter.items() if k.startswith("source_") == source], "scale": scale, "weight_decay": decay}
+                 for source, scale, decay in ((False, 1., o.weight_decay), (True, o.source_rate, 1e-2))])
 
 
 def set_rate(opt: torch.optim.Optimizer, step: int, o: argparse.Namespace) -> float:
@@ -254,6 +255,7 @@ def main():
         context, pooled = (torch.cat(a) for a in zip(*(text(texts[i:i + 64]) for i in range(0, len(texts), 64))))
     index = {s: i for i, s in enumerate(texts)}
     ids = {k: torch.tensor([index[r.get(k, "")] for r in rows]) for k in ("src", "tgt", "instr", "undo", "null")}
+    own_noise = torch.tensor([r.get("own_noise", False) for r in rows])
     prompt = lambda which: (context[which], pooled[which])                      # noqa: E731
     del text, vae.encoder
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))   # the same images held back for any seed
@@ -341,6 +343,7 @@ def main():
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
             eps = noise(o.batch // times, o.frames, shape, o.shared_noise, rng).repeat(times, 1, 1, 1, 1)
             eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng) if o.fresh_noise else eps
+            eps_cue = torch.where(own_noise[b, None, None, None, None], eps, eps_cue)
             some = lambda i, v: latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames]
             window = lambda at: torch.cat([*map(some, b[mine], at[mine])]).to(device)
             other = window(view)                                                # a crop of the picture, or the clip from some moment on

@@ -3,6 +3,7 @@ import fcntl
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -62,6 +63,31 @@ def test_resume_goes_on_exactly(out, tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     a, b = load_file(out / "checkpoint.safetensors"), load_file(tmp_path / "b" / "checkpoint.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+
+
+def test_an_edit_may_ask_for_its_states_own_noise_and_editors_have_a_mean(tmp_path):
+    """`own_noise` in tuples.jsonl changes the teacher's cue and nothing else; tiny/mean.py against the sum by hand."""
+    first = {}
+    for name in ("fresh", "own"):
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [{"file_name": f"{i:03d}.png", "src": "a house in summer", "tgt": "a house in snowfall", "instr": "make it snowy",
+                  "undo": "make it clear"} | ({"own_noise": True} if name == "own" else {}) for i in range(4)]
+        for line in lines:
+            shutil.copy(ROOT / "tiny/examples" / line["file_name"], folder)
+        (folder / "tuples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        done = call("train.py", "--data", folder, "--base", "tiny", "--out", folder / "out", "--steps", 2, "--imitate", 0, "--identity-first", 0,
+                    "--identity-share", 1, "--batch", 4, "--n", 2, "--views", 1, "--held", 1, "--warmup", 1, "--rank", 4)
+        assert done.returncode == 0, done.stderr
+        first[name] = json.loads((folder / "out/log.jsonl").read_text().splitlines()[0])
+    assert all(first["own"][k] == first["fresh"][k] for k in ("cycle", "identity")) and first["own"]["prior"] != first["fresh"]["prior"]
+    made = call("tiny/mean.py", tmp_path / "fresh/out", tmp_path / "own/out", "--out", tmp_path / "mean")
+    assert made.returncode == 0, made.stderr
+    a, b, mean = (load_file(tmp_path / run / "adapter.safetensors") for run in ("fresh/out", "own/out", "mean"))
+    assert a.keys() == mean.keys() and all(((a[k] + b[k]) / 2 - mean[k]).abs().max() < 1e-6 for k in a)
+    assert any(not a[k].equal(b[k]) for k in a)
+    again = call("tiny/mean.py", tmp_path / "fresh/out", "--out", tmp_path / "mean")
+    assert again.returncode == 2 and "exists already" in again.stderr
 
 
 def test_sample_edits_the_held_back_and_anything_else(out, tmp_path):

@@ -20,7 +20,8 @@ from data import derive  # noqa: E402
 
 # How often each kind of edit is met, and what is kept from training to see whether the editor understands words: two values
 # that it is never asked for (as instruction or undo), one style that is never a source.
-EDITS = {"season": .22, "time": .2, "weather": .22, "house": .26, "style": .06, "trees": .04}
+EDITS = {"season": .2, "time": .2, "weather": .32, "house": .2, "style": .04, "trees": .04}
+FALLING = ("rain", "snowfall")                              # they begin at random places
 NEVER = {"season": "autumn", "house": "purple"}
 UNSEEN_STYLE = "blueprint"
 
@@ -69,10 +70,13 @@ def main():
     while len(lines) < o.n:
         scene = scenes.sample_scene(rng, style=str(rng.choice(styles, p=(.7, .15, .15))))
         kind = str(rng.choice(list(EDITS), p=list(EDITS.values())))
-        if (value := propose(scene, kind, rng)) is not None:
+        value = propose(scene, kind, rng)
+        if kind == "weather" and value != "snowfall" and rng.random() < .5:
+            continue                                        # snowfall is the hardest to learn: twice as often as the other weathers
+        if value is not None:
             name = f"{len(lines):05d}.png"
             Image.fromarray(scenes.render(scene)).save(out / name)
-            lines.append(json.dumps({"file_name": name} | edit_prompts(scene, kind, value, rng, scenes.SEEN)))
+            lines.append(json.dumps({"file_name": name, "own_noise": value in FALLING} | edit_prompts(scene, kind, value, rng, scenes.SEEN)))
     (out / "tuples.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -1,0 +1,37 @@
+"""The mean of several editors, weight for weight (model soups, arXiv 2203.05482): where one was trained on from another, it edits better than either.
+
+    python tiny/mean.py out_a out_b --out out_mean           # a copy of the first run with the mean's adapter, for sample.py and evaluate.py
+"""
+import argparse
+import pathlib
+import shutil
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data import write_tensors  # noqa: E402
+from model import UserError, read_tensors  # noqa: E402
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("runs", nargs="+", help="folders of runs of the same base and rank")
+    p.add_argument("--out", required=True, help="folder to make")
+    o = p.parse_args()
+    (first, meta), *others = (read_tensors(pathlib.Path(run) / "adapter.safetensors") for run in o.runs)
+    for run, (tensors, _) in zip(o.runs[1:], others):
+        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in first.items()}:
+            raise UserError(f"{run}: its adapter has other tensors than that of {o.runs[0]} (another base, rank, or one of them for clips)")
+    if pathlib.Path(o.out).exists():
+        raise UserError(f"{o.out} exists already; choose another --out", 2)
+    shutil.copytree(o.runs[0], o.out, ignore=shutil.ignore_patterns("checkpoint.safetensors", "adapter.safetensors", "log.jsonl", ".lock"))
+    mean = {k: sum((tensors[k] for tensors, _ in others), v) / len(o.runs) for k, v in first.items()}
+    write_tensors(pathlib.Path(o.out) / "adapter.safetensors", mean, **meta)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"mean.py: {error}", file=sys.stderr)
+        sys.exit(error.code)

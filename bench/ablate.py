@@ -40,7 +40,7 @@ TABLES = {
         ("straight-through", ""), ("one-step", "--routing onestep"), ("detach", "--routing detach"), ("backprop", "--routing backprop"))},
     "sweeps": {"the recipe": ("", ""), "cue under the state's own noise": ("--no-fresh-noise", ""), "cosine cue": ("--cue cosine", ""),
                "cosine cue without anchor": ("--cue cosine --alpha 0", "")} | {f"{name} {value}": (f"--{name} {value}", "") for name, values in (
-        ("guidance", (1, 5)), ("n", (4, 12)), ("states", (1, 4)), ("ema", (.9, .99)), ("prior", (2, 8)), ("cycle", (1, 4))) for value in values},
+        ("guidance", (1, 5)), ("n", (4, 12)), ("states", (1, 4)), ("ema", (0, .8)), ("prior", (2, 8)), ("cycle", (1, 4))) for value in values},
     "steps": {f"{n} steps": (f"--steps {n}", "") for n in (40, 80, 160, 300)},
 }
 
@@ -101,7 +101,8 @@ def picture(names):
         block.paste(strip, (0, 16))
         ImageDraw.Draw(block).text((4, 2), name.split(" (")[0], "black")
         blocks.append(np.asarray(block))
-    return Image.fromarray(np.concatenate(blocks, 1))
+    blocks += [np.full_like(blocks[0], 255)] * (-len(blocks) % 8 if len(blocks) > 8 else 0)      # lines of eight
+    return Image.fromarray(np.concatenate([np.concatenate(blocks[i:i + 8], 1) for i in range(0, len(blocks), 8)]))
 
 
 def main():

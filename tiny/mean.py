@@ -1,4 +1,4 @@
-"""The mean of several editors, weight for weight (model soups, arXiv 2203.05482): where one was trained on from another, it edits better than either.
+"""The mean of several editors, weight for weight (model soups, arXiv 2203.05482), for editors that were trained on from one another.
 
     python tiny/mean.py out_a out_b --out out_mean           # a copy of the first run with the mean's adapter, for sample.py and evaluate.py
 """

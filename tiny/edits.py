@@ -18,8 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import scenes  # noqa: E402
 from data import derive  # noqa: E402
 
-# How often each kind of edit is drawn (of the weathers but snowfall half are drawn again), and what is kept from training to see whether the editor understands words: two values
-# that it is never asked for (as instruction or undo), one style that is never a source.
+# How often each kind of edit is drawn (of the weathers, half of those but snowfall are drawn again), and what is kept from training to see
+# whether the editor understands words: two values that it is never asked for (as instruction or undo), one style that is never a source.
 EDITS = {"season": .2, "time": .2, "weather": .32, "house": .2, "style": .04, "trees": .04}
 FALLING = ("rain", "snowfall")                              # they begin at random places
 NEVER = {"season": "autumn", "house": "purple"}

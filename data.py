@@ -142,21 +142,21 @@ def find(folder: str | pathlib.Path, frames: int | None = None) -> tuple[list[pa
 
 def read_prompts(folder: str | pathlib.Path, paths: list[pathlib.Path], instr: str | None = None, src: str | None = None, tgt: str | None = None,
                  undo: str | None = None) -> list[dict]:
-    """-> list of dicts with path, src, tgt, instr, undo; prints what was found and what was derived."""
+    """-> list of dicts with path, src, tgt, instr, undo, of tuples.jsonl own_noise, too; prints what was found and what was derived."""
     folder = pathlib.Path(folder)
     tuples, captions = folder / "tuples.jsonl", folder / "metadata.jsonl"
     tuples = read_jsonl(tuples, ("src", "tgt", "instr", "undo")) if tuples.exists() else {}
     captions = read_jsonl(captions, ("text",)) if captions.exists() else {}
-    names = {p.as_posix() for p in paths}
-    for name in [*tuples, *captions]:
-        if name not in names:
-            raise UserError(f"{folder}: a .jsonl file names '{name}', which is no image of this folder; correct or remove the line")
+    for name in sorted({*tuples, *captions} - {p.as_posix() for p in paths}):
+        raise UserError(f"{folder}: a .jsonl file names '{name}', which is no image of this folder; correct or remove the line")
     rows, captioned, satisfied = [], 0, 0
     for path in paths:
         name, note = path.as_posix(), (folder / path).with_suffix(".txt")
         if name in tuples and instr is None:
-            rows.append({"path": folder / path, "own_noise": bool(tuples[name].get("own_noise"))} |
-                        {k: tuples[name][k] for k in ("src", "tgt", "instr", "undo")})
+            line = {"own_noise": False} | tuples[name]
+            if not isinstance(line["own_noise"], bool):
+                raise UserError(f"{folder}/tuples.jsonl: own_noise of '{name}' must be true or false, without quotes")
+            rows.append({"path": folder / path} | {k: line[k] for k in ("src", "tgt", "instr", "undo", "own_noise")})
             continue
         if instr is None:
             raise UserError(f"no instruction for {folder / path}: give --instr \"make it winter\", or a tuples.jsonl with a line for each image", 2)

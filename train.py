@@ -112,7 +112,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     o.imitate *= o.cue == "delta" and not clips
     if asked and not o.imitate:
         p.error("--imitate needs --cue delta and pictures")
-    for k in ("imitate", "shared_noise", "identity_share"):
+    for k in ("imitate", "shared_noise", "identity_share", "weight_decay"):
         if not 0 <= getattr(o, k) <= 1:
             p.error(f"--{k.replace('_', '-')} must lie between 0 and 1, not {getattr(o, k)}")
     if (o.frames > 1) != clips:

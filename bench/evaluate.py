@@ -30,14 +30,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import data  # noqa: E402
 import scenes  # noqa: E402
-from edits import EDITS, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
+from edits import EDITS, FALLING, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import UserError, load_adapter, load_base, merged, read_json  # noqa: E402
 from routing import noise, time_grid  # noqa: E402
 from sample import edit  # noqa: E402
 
 MAIN = ["season", "time", "weather", "house"]
-FALLING = ("rain", "snowfall")
 
 
 def asked(instr):

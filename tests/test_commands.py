@@ -86,6 +86,7 @@ def test_an_edit_may_ask_for_its_states_own_noise_and_editors_have_a_mean(tmp_pa
     a, b, mean = (load_file(tmp_path / run / "adapter.safetensors") for run in ("fresh/out", "own/out", "mean"))
     assert a.keys() == mean.keys() and all(((a[k] + b[k]) / 2 - mean[k]).abs().max() < 1e-6 for k in a)
     assert any(not a[k].equal(b[k]) for k in a)
+    assert call("sample.py", "--run", tmp_path / "mean", "--output", tmp_path / "s.png").returncode == 0
     again = call("tiny/mean.py", tmp_path / "fresh/out", "--out", tmp_path / "mean")
     assert again.returncode == 2 and "exists already" in again.stderr
 
@@ -138,6 +139,7 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", "tiny/examples", *winter, "--batch", 7], 2, "cannot be shared evenly"),
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 150], 2, "--imitate must lie between 0 and 1"),
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 1, "--cue", "cosine"], 2, "--imitate needs --cue delta"),
+            (["train.py", "--data", "tiny/examples", *winter, "--weight-decay", -1], 2, "--weight-decay must lie between 0 and 1"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--steps", 0], 2, "--steps must be above 0"),
             (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),

@@ -88,6 +88,9 @@ def test_captions_and_tuples(tmp_path):
     (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i"}))
     with pytest.raises(UserError, match="line 1: the field 'undo' is missing"):
         data.read_prompts(tmp_path, data.find(tmp_path)[0])
+    (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "a.png", "src": "", "tgt": "", "instr": "", "undo": "", "own_noise": "false"}))
+    with pytest.raises(UserError, match="own_noise of 'a.png' must be true or false"):
+        data.read_prompts(tmp_path, data.find(tmp_path)[0])
     (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "x.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"}))
     with pytest.raises(UserError, match="x.png"):
         data.read_prompts(tmp_path, data.find(tmp_path)[0])

@@ -1,6 +1,6 @@
 """The mean of several editors, weight for weight (model soups, arXiv 2203.05482), for editors that were trained on from one another.
 
-    python tiny/mean.py out_a out_b --out out_mean           # a copy of the first run with the mean's adapter, for sample.py and evaluate.py
+    python tiny/mean.py out_a out_b --out out_mean           # for sample.py and evaluate.py, with the first run's options and held-back pictures
 """
 import argparse
 import pathlib
@@ -24,7 +24,8 @@ def main():
             raise UserError(f"{run}: its adapter has other tensors than that of {o.runs[0]} (another base, rank, or one of them for clips)")
     if pathlib.Path(o.out).exists():
         raise UserError(f"{o.out} exists already; choose another --out", 2)
-    shutil.copytree(o.runs[0], o.out, ignore=shutil.ignore_patterns("checkpoint.safetensors", "adapter.safetensors", "log.jsonl", ".lock"))
+    shutil.copytree(pathlib.Path(o.runs[0]) / "held", pathlib.Path(o.out) / "held")        # its card and samples are of another editor
+    shutil.copy(pathlib.Path(o.runs[0]) / "config.json", o.out)
     mean = {k: sum((tensors[k] for tensors, _ in others), v) / len(o.runs) for k, v in first.items()}
     write_tensors(pathlib.Path(o.out) / "adapter.safetensors", mean, **meta)
 

@@ -65,6 +65,16 @@ def test_an_exact_edit_is_a_success_and_an_untouched_picture_is_none():
     assert .38 < low < .45 and .55 < high < .62                                 # +- 1.96 * .5 / 10
 
 
+def test_where_flakes_begin_is_the_editors_choice_but_after_rain():
+    for before, free in (("clear", True), ("rain", False)):
+        scene = scenes.sample_scene(scenes.np.random.default_rng(4), style="plain", weather=before)
+        snow = edits.change(scene, "weather", "snowfall")
+        for falls, right in ((None, True), ((4, 10), free)):
+            assert evaluate.measure(scene, "weather", "snowfall", scenes.render(snow, falls=falls))["success"] == right, (before, falls)
+        for other in (scene, edits.change(scene, "weather", "rain"), edits.change(scene, "weather", "fog")):
+            assert not evaluate.measure(scene, "weather", "snowfall", scenes.render(other))["success"]
+
+
 def test_the_general_editor_never_meets_what_is_kept_back(tmp_path):
     """Neither as instruction nor as undo; and the wordings of the examination are none of the training's."""
     subprocess.run([sys.executable, "tiny/edits.py", tmp_path, "--n", "400"], cwd=ROOT, check=True)

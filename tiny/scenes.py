@@ -222,7 +222,8 @@ def _bytes(rgb):
 
 def judge(scene: Scene, images: np.ndarray, tau: float = 0., falls: tuple[int, int] | None = None) -> list[dict]:
     """Reads the attributes of pictures that share a Scene's geometry: the nearest (least squared error) of all
-    960 combinations drawn for it. images: (n, 64, 64, 3) uint8 -> list of n dicts."""
+    960 combinations drawn for it. falls: phase of rain and snow in all of these, if not the scene's own. images: (n, 64, 64, 3)
+    uint8 -> list of n dicts."""
     names, drawn = [], []
     patterns = {w: _pattern(falls or scene.phase, w, tau) for w in ("rain", "snowfall")} | {"clear": 0., "fog": 0.}
     for time, weather, style in itertools.product(*(ATTRIBUTES[k] for k in ("time", "weather", "style"))):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import Adapter, MMDiT, Prompt
-from routing import rollout, route
+from routing import rollout, route, steady
 
 
 def cosine_cue(v: Tensor, v_src: Tensor, v_tgt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,8 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     w = None if o.guidance == 1 else o.guidance
 
     def own_rollout(a):
-        return rollout(lambda y, t: model(y, t, part(instr), x[first], a, o.frames), eps[first], ts, k.to(x.device))
+        velocity = lambda y, t: model(y, t, part(instr), x[first], a, o.frames)
+        return rollout(steady(velocity, x[first], o.frames), eps[first], ts, k.to(x.device))
 
     y_0 = known
     if known is not None:

@@ -1,6 +1,6 @@
 """The bootstrap rollout and gradient routing: what the cycle sees, and where its gradient goes.
 
-Training and sampling share `integrate`: the rollout in training *is* inference.
+Training and sampling share `integrate` (and, for clips, `steady`): the rollout in training *is* inference.
 """
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,6 +22,22 @@ def noise(n: int, frames: int, shape: Sequence[int], shared: float, generator: t
     common = torch.randn((n, 1, *shape), generator=generator) if frames > 1 else 0.
     eps = torch.randn((n, frames, *shape), generator=generator)
     return eps if frames == 1 else shared ** .5 * common + (1 - shared) ** .5 * eps
+
+
+def steady(velocity: Velocity, x: Tensor, frames: int) -> Velocity:
+    """For clips: what the edit changes, at a place, becomes the mean over the frames in which the source looks alike there, with weights
+    exp(-|x_i - x_j|^2 / .05). So what stands still in the source stands still in the edit; where nothing is alike it stays as it was.
+    x (B, C, H, W) the source, every `frames` of them a clip; velocity(y, t) -> velocity(y, t), for one frame the same"""
+    if frames == 1:
+        return velocity
+    places = lambda a: a.unflatten(0, (-1, frames)).permute(0, 3, 4, 1, 2)      # (B, C, H, W) -> (clips, H, W, frames, C)
+    alike = torch.softmax(-torch.cdist(places(x), places(x)).square() / (.05 * x.shape[1]), -1)     # (clips, H, W, frames, frames)
+
+    def averaged(y, t):
+        s = t[:, None, None, None]
+        change = places(y - s * velocity(y, t).float() - x)                     # from the source to where y is going
+        return (y - x - (alike @ change).permute(0, 3, 4, 1, 2).flatten(0, 1)) / s
+    return averaged
 
 
 def integrate(velocity: Velocity, eps: Tensor, ts: Tensor) -> Iterator[Tensor]:

@@ -21,14 +21,14 @@ from torch import Tensor
 import data
 from frozen.vae import VAE, to_images, to_pixels
 from model import Adapter, MMDiT, Prompt, UserError, choose_base, load_adapter, load_base, merged, read_json
-from routing import Velocity, integrate, noise, time_grid
+from routing import Velocity, integrate, noise, steady, time_grid
 
 
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1) -> Tensor:
     """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
     may be `merged` -> (B, C, H, W)"""
     adapter = merged(model, adapter)
-    *_, y = integrate(lambda y, t: model(y, t, prompt, x, adapter, frames), eps, ts)
+    *_, y = integrate(steady(lambda y, t: model(y, t, prompt, x, adapter, frames), x, frames), eps, ts)
     return y
 
 

@@ -123,15 +123,16 @@ def judge_all(world, kinds, values, output, taus=None):
 
 
 @torch.no_grad()
-def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0.):
-    """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all -> edited images"""
+def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0., together=True):
+    """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all -> edited images; together: the frames
+    of a clip as a clip, not each as a picture"""
     adapter = merged(model, adapter)
     out, generator, size = [], torch.Generator().manual_seed(seed), 24 // frames * frames if frames > 1 else 25
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i:i + size])))
         eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)
         p = tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
-        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames))))
+        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames if together else 1))))
     return np.concatenate(out)
 
 
@@ -171,18 +172,18 @@ def video(o, config, run, out):
         by = {w: round(float(each[weather == w].mean()), 2) for w in sorted(set(weather))}
         return {name: round(float(each.mean()), 4), f"{name}_by_weather": by}
 
-    def edited(folder, shared):
-        adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)[0]         # of pictures: no attention over frames
+    def edited(folder, shared, together):
+        adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)[0]
         with torch.no_grad():
-            return edit_all(model, vae, adapter, images, text([o.instr or config["instr"]]), shift, o.steps, o.seed, frames, shared)
-    output = edited(run, config["shared_noise"])
+            return edit_all(model, vae, adapter, images, text([o.instr or config["instr"]]), shift, o.steps, o.seed, frames, shared, together)
+    output = edited(run, config["shared_noise"], True)
     judge = lambda a: summary(judge_all(*zip(*[(s, kind, value) for s in world for _ in times]), a, times * o.n))          # noqa: E731
     figures = judge(output) | errors("temporal_error", output) | errors("autoencoder", shown, truth)
     figures |= {"frames": frames, "clips": o.n, "seed": o.seed}
     rows = [images, output]
     if o.image:                                             # frame by frame: all frames of a clip as pictures, with noise of their own or one for all
         for name, shared in (("per_frame", 0.), ("shared_noise", 1.)):
-            alone = edited(o.image, shared)
+            alone = edited(o.image, shared, False)
             figures |= errors(f"temporal_error_{name}", alone) | {name: judge(alone)}
             rows.append(alone)
     scenes.sheet([row[i * frames:(i + 1) * frames] for i in range(3) for row in [*rows, truth]]).save(out / "video.png")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import data
 import scenes
 from model import MMDiT, UserError, new_adapter, temporal
+from routing import steady
 from sample import windows
 
 
@@ -53,6 +54,24 @@ def test_one_frame_and_a_fresh_adapter_are_the_image_path_bit_for_bit():
     still = {k: v for k, v in adapter.items() if "temporal" not in k}
     assert run(1).equal(run(1, still)) and run(3, still).equal(run(1, still))
     assert (run(3) - run(1)).abs().max() > 1e-3 and (run(6) - run(3)).abs().max() > 1e-4           # any number of frames
+
+
+def test_what_stands_still_in_the_source_stands_still_in_the_edit():
+    torch.manual_seed(0)
+    x, y, v, t = torch.randn(6, 4, 2, 3), torch.randn(6, 4, 2, 3), torch.randn(6, 4, 2, 3), torch.full((6,), .7)
+    x[1, :, 0] = x[0, :, 0]                                 # two clips of three frames; of the first two, the upper row stands still
+    x[2, :, 1, 2] = x[1, :, 1, 2] + .2                      # and one place of the last two is nearly alike
+    velocity = lambda y, t: v
+    want = y - .7 * v
+    for clip in (range(3), range(3, 6)):
+        for place in np.ndindex(2, 3):
+            at = lambda a, i: a[(i, slice(None), *place)]
+            for i in clip:
+                weights = [float(torch.exp(-(at(x, i) - at(x, j)).square().mean() / .05)) for j in clip]
+                mean = sum(w * (at(y - .7 * v, j) - at(x, j)) for w, j in zip(weights, clip)) / sum(weights)
+                want[(i, slice(None), *place)] = at(x, i) + mean
+    torch.testing.assert_close(y - .7 * steady(velocity, x, 3)(y, t), want, rtol=1e-4, atol=1e-4)
+    assert steady(velocity, x, 1) is velocity                                   # a picture
 
 
 def test_windows_of_a_long_clip_are_blended_and_never_longer_than_said():

@@ -25,8 +25,9 @@ def noise(n: int, frames: int, shape: Sequence[int], shared: float, generator: t
 
 
 def steady(velocity: Velocity, x: Tensor, frames: int) -> Velocity:
-    """For clips: what the edit changes, at a place, becomes the mean over the frames in which the source looks alike there, with weights
-    exp(-|x_i - x_j|^2 / .05). So what stands still in the source stands still in the edit; where nothing is alike it stays as it was.
+    """For clips: what the edit changes, at a place, becomes the mean over the frames in which the source looks alike there, frame j with
+    the weight exp(-d / .05) in frame i, where d is the mean of (x_i - x_j)^2 over the channels of that place (.05 was chosen on 48 clips of
+    the embedded world; .03 and .1 flicker hardly more). So what stands still in the source stands still in the edit.
     x (B, C, H, W) the source, every `frames` of them a clip; velocity(y, t) -> velocity(y, t), for one frame the same"""
     if frames == 1:
         return velocity

@@ -7,9 +7,10 @@ success         of all 960 attribute combinations drawn for that very geometry, 
 preservation_db PSNR to the source over the pixels where source and truth agree; none for an edit that leaves under 1 % of them as they were
 psnr_truth_db   PSNR to the truth over all pixels
 What an instruction leaves open is the editor's choice (the general editor's examination only): of rain and snow that begin to fall,
-where the drops are (the truth is the nearest of 64 places); of new trees, where they stand (success asks besides that the picture is
-nearer to one of 40 with the wished trees than to the source). Intervals are 95 %, by bootstrap over scenes. Writes evaluate.json, .md
-and .png (source, edit, truth of the first scenes and of the worst failures); the last line is one JSON object.
+where the drops are (the truth is the nearest of 256 places, a pixel apart: with every second pixel even true snow was not always read as
+snow); of new trees, where they stand (success asks besides that the picture is nearer to one of 40 with the wished trees than to the
+source). Intervals are 95 %, by bootstrap over scenes. Writes evaluate.json, .md and .png (source, edit, truth of the first scenes and of
+the worst failures); the last line is one JSON object.
 --video: success and preservation of every frame, and the temporal error, which is the root mean square, in grey levels of 255, of the
 difference between the output's change from frame to frame and the truth's, the truth as the base's autoencoder shows it (which alone
 flickers by 4 levels: `autoencoder`); beside it that of the image editor, frame by frame.
@@ -60,7 +61,7 @@ def measure(scene, kind, value, output, tau=0.):
     wish, falls = change(scene, kind, value), None
     distance = lambda picture: float(((output.astype(np.float32) - picture) ** 2).mean())      # noqa: E731
     if kind == "weather" and value in FALLING and scene.weather not in FALLING:
-        falls = min(itertools.product(range(0, 16, 2), repeat=2), key=lambda phase: distance(scenes.render(wish, tau, phase)))
+        falls = min(itertools.product(range(16), repeat=2), key=lambda phase: distance(scenes.render(wish, tau, phase)))
     source, truth = scenes.render(scene, tau), scenes.render(wish, tau, falls)
     read = scenes.judge(wish, output[None], tau, falls)[0]
     wrong = [k for k in scenes.ATTRIBUTES if read[k] != getattr(wish, k)]

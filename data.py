@@ -32,6 +32,7 @@ from model import ROOT, UserError, read_json, why
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEOS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}        # suffix: what FFmpeg calls it
+LONGEST = 128                                               # frames of a clip that training takes, its first
 BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
           Image.DecompressionBombWarning)                   # Pillow's complaints
 
@@ -49,7 +50,7 @@ FAMILIES = [
     {"sketch": (("a pencil sketch of", "a pencil drawing of"), ("pencil sketch", "pencil drawing")),
      "pixel": (("pixel art of", "a pixel art picture of"), ("pixel art",)),
      "blueprint": (("a blueprint of",), ("blueprint",)),
-     "plain": (("a painting of", "a picture of", "a photo of"), ("painting", "picture", "photo"))},
+     **{w: ((f"a {w} of",), (w,)) for w in ("picture", "photo", "painting")}},
 ]
 APPENDED = ("in {}", "{}", "{}", "{}", None)        # how a family's member joins a caption that names none of it
 
@@ -62,61 +63,64 @@ def _swap(old, new, text):
     return re.sub(rf"\b{re.escape(old)}\b", lambda _: new, text, count=1, flags=re.I)
 
 
+def _exchange(a, b, text):
+    return _swap(a, b, _swap(b, "\0", text)).replace("\0", a)
+
+
 def derive(instr: str, caption: str) -> tuple[str, str] | None:
     """The grammar: an instruction and a caption -> (tgt, undo), or None where the caption already says what is asked for.
 
     "make it winter", "a house in summer" -> "a house in winter", "make it summer". The undo is always self-contained.
     """
+    back = f"make it {caption}"
+    if m := re.match(r"remove (?:the |an? )?(.+)", instr, re.I):
+        tgt = re.sub(rf"\s*\b(?:with|and|by|beside|next to|in)?\s*\b(?:the|an?)?\s*\b{re.escape(m[1])}\b", "", caption, flags=re.I).strip()
+        return (tgt, back) if tgt != caption else None
+    thing = (m := re.match(r"(?:add|put) (.+)", instr, re.I)) and m[1]         # "a red barn" wishes for no red house
     for family, appended in zip(FAMILIES, APPENDED):
-        for member, (says, asks) in family.items():
-            if (asked := _find(asks, instr)) is None:
-                continue
-            tgt = caption
-            if member in ("sunset", "night"):               # to the base "on a summer day" is noon, whatever else is said
-                tgt = re.sub(r"\bon an? (spring|summer|autumn|fall|winter) day\b", r"in \1", tgt, flags=re.I)
-            for other, (says_other, asks_other) in family.items():
-                if (said := _find(says_other, caption)) is not None:
-                    if other == member:
-                        return None
-                    return _swap(said, says[0], tgt), _swap(asked, asks_other[0], instr)
-            if appended:
-                return f"{tgt} {appended.format(says[0])}", f"make it {caption}"
-            return f"{says[0]} {tgt}", f"make it {caption}"
-    if (m := re.match(r"(?:change|turn|replace) (.+?) (?:to|into|with) (.+)", instr, re.I)) and _find([m[1]], caption):
-        return _swap(m[1], m[2], caption), _swap(m[1], "\0", _swap(m[2], m[1], instr)).replace("\0", m[2])
-    if m := re.match(r"remove (?:the |a |an )?(.+)", instr, re.I):
-        return re.sub(rf"\s*\b(?:with|and|by|beside|next to)?\s*(?:the|an?)?\s*{re.escape(m[1])}\b", "", caption), f"make it {caption}"
-    wish = re.sub(r"^(?:make it|turn it into|change it to|paint|add|put) ?", "", instr, flags=re.I)
-    return f"{caption} with {wish}" if instr.lower().startswith(("add", "put")) else f"{caption}, {wish}", f"make it {caption}"
+        named = [(instr.lower().rfind(asked), member, asked) for member, (_, asks) in family.items() if (asked := _find(asks, instr))]
+        if not named or thing and thing.lower() not in family[max(named)[1]][1]:
+            continue
+        _, member, asked = max(named)                       # of "paint the red house blue" the last
+        says, tgt = family[member][0], caption
+        if member in ("sunset", "night"):                   # to the base "on a summer day" is noon, whatever else is said
+            tgt = re.sub(r"\bon an? (spring|summer|autumn|fall|winter) day\b", r"in \1", tgt, flags=re.I)
+        said = [(other == member or not _find(asks, instr), caption.lower().find(words), other, words, asks)
+                for other, (ways, asks) in family.items() if (words := _find(ways, caption))]
+        if said:
+            *_, other, words, asks = min(said)              # the one that the instruction names, or the first
+            return None if other == member else (_swap(words, says[0], tgt), _exchange(asked, _find(asks, instr) or asks[0], instr))
+        return f"{tgt} {appended.format(says[0])}" if appended else f"{says[0]} {tgt}", back
+    if m := re.match(r"(?:change|turn|replace) (.+?) (?:to|into|with) (.+)", instr, re.I):
+        for a, b in (m.groups(), [re.sub(r"^(the|an?) ", "", thing, flags=re.I) for thing in m.groups()]):
+            if _find([a], caption):
+                return _swap(a, b, caption), _exchange(a, b, instr)
+    wish = re.sub(r"^(?:make it|turn it into|change it to|paint) ?", "", instr, flags=re.I)
+    return f"{caption} with {thing}" if thing else f"{caption}, {wish}", back
 
 
 def read_jsonl(path: pathlib.Path, fields: Iterable[str]) -> dict[str, dict]:
     """A JSON-lines file as {file_name: line}. Every line needs file_name and `fields`, all strings."""
     rows = {}
-    for n, line in enumerate(path.read_text("utf-8", errors="replace").splitlines(), 1):
+    for n, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                missing = [f for f in ("file_name", *fields) if not isinstance(row[f], str)]
-            except (ValueError, TypeError):
+                missing = [f for f in ("file_name", *fields) if not isinstance(row.get(f), str)]
+            except (ValueError, AttributeError):
                 raise UserError(f"{path}, line {n}: is no JSON object")
-            except KeyError as error:
-                raise UserError(f"{path}, line {n}: the field {error} is missing")
             if missing:
-                raise UserError(f"{path}, line {n}: the field '{missing[0]}' must be a string")
+                raise UserError(f"{path}, line {n}: the field '{missing[0]}' is missing or no string")
             rows[row["file_name"]] = row
     return rows
 
 
 def animated(path: pathlib.Path) -> bool:
     """Whether a picture file holds several frames."""
-    if path.suffix.lower() not in (".gif", ".webp", ".png"):
-        return False
-    try:
-        with Image.open(path) as img:
+    if path.suffix.lower() in (".gif", ".webp", ".png"):
+        with contextlib.suppress(*BROKEN), Image.open(path) as img:
             return getattr(img, "n_frames", 1) > 1
-    except BROKEN:
-        return False
+    return False
 
 
 def find(folder: str | pathlib.Path, frames: int | None = None) -> tuple[list[pathlib.Path], bool]:
@@ -149,10 +153,12 @@ def read_prompts(folder: str | pathlib.Path, paths: list[pathlib.Path], instr: s
     captions = read_jsonl(captions, ("text",)) if captions.exists() else {}
     for name in sorted({*tuples, *captions} - {p.as_posix() for p in paths}):
         raise UserError(f"{folder}: a .jsonl file names '{name}', which is no image of this folder; correct or remove the line")
-    rows, captioned, satisfied = [], 0, 0
+    if instr and len(tuples) == len(paths):
+        raise UserError(f"{folder}/tuples.jsonl has an instruction for every image already: leave --instr away, or take that file out", 2)
+    rows, captioned = [], 0
     for path in paths:
         name, note = path.as_posix(), (folder / path).with_suffix(".txt")
-        if name in tuples and instr is None:
+        if name in tuples:
             line = {"own_noise": False} | tuples[name]
             if not isinstance(line["own_noise"], bool):
                 raise UserError(f"{folder}/tuples.jsonl: own_noise of '{name}' must be true or false, without quotes")
@@ -160,18 +166,15 @@ def read_prompts(folder: str | pathlib.Path, paths: list[pathlib.Path], instr: s
             continue
         if instr is None:
             raise UserError(f"no instruction for {folder / path}: give --instr \"make it winter\", or a tuples.jsonl with a line for each image", 2)
-        caption = captions[name]["text"] if name in captions else note.read_text("utf-8", "replace").strip() if note.exists() else None
+        caption = captions[name]["text"] if name in captions else note.read_text("utf-8-sig", "replace").strip() if note.exists() else None
         captioned += caption is not None
         caption = src or caption or "a picture"
-        derived = (tgt or caption, undo or f"make it {caption}") if tgt and undo else derive(instr, caption)
-        if derived is None:
-            satisfied += 1
-            continue
-        rows.append({"path": folder / path, "src": caption, "tgt": tgt or derived[0], "instr": instr, "undo": undo or derived[1]})
+        if derived := (tgt, undo) if tgt and undo else derive(instr, caption):
+            rows.append({"path": folder / path, "src": caption, "tgt": tgt or derived[0], "instr": instr, "undo": undo or derived[1]})
     print(f"{len(paths)} images in {folder}, {captioned} captioned, {len(tuples)} with full prompts"
-          + (f"; {satisfied} left out: their caption already says what is asked for" if satisfied else ""), file=sys.stderr)
+          + (f"; {len(paths) - len(rows)} left out: their caption already says what is asked for" * (len(rows) < len(paths))), file=sys.stderr)
     if not rows:
-        raise UserError(f"every caption in {folder} already says '{instr}': nothing to learn from")
+        raise UserError(f"no caption in {folder} is changed by '{instr}': nothing to learn from")
     for row in {(r["src"], r["instr"]): r for r in rows[:3]}.values():
         print("  " + "\n  ".join(f"{k:5} {row[k]}" for k in ("src", "instr", "tgt", "undo")), file=sys.stderr)
     return rows
@@ -250,9 +253,6 @@ def read_frames(path: pathlib.Path) -> Iterator[tuple[np.ndarray, float]]:
                     now += img.info.get("duration") or 100
         except BROKEN as error:
             raise UserError(f"{path}: cannot be read as an animated picture ({why(error)})")
-
-
-LONGEST = 128                                               # frames of a clip that training takes, its first
 
 
 def load_rows(rows: list[dict], size: tuple[int, int], views: int = 1, seed: int = 0, frames: int = 1,

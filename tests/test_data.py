@@ -22,13 +22,25 @@ from model import UserError
     ("change the lake to a desert", "a house by the lake", "a house by a desert", "change a desert to the lake"),
     ("add a boat", "a lake", "a lake with a boat", "make it a lake"),
     ("remove the boat", "a lake with a boat", "a lake", "make it a lake with a boat"),
+    ("remove the fog", "a house in fog", "a house", "make it a house in fog"),
+    ("remove the red car", "a blue house with a red car", "a blue house", "make it a blue house with a red car"),
+    ("add a red barn", "a white house", "a white house with a red barn", "make it a white house"),
+    ("add fog", "a house in clear weather", "a house in fog", "add clear weather"),
+    ("change summer to winter", "a house in summer", "a house in winter", "change winter to summer"),
+    ("paint the red house blue", "a red house by a blue lake", "a blue house by a blue lake", "paint the blue house red"),
+    ("paint the house blue", "a white house with a blue car", "a blue house with a blue car", "paint the house white"),
+    ("change the house to a castle", "a red house", "a red castle", "change the castle to a house"),
+    ("turn the photo into a pencil sketch", "a photo of a dog", "a pencil sketch of a dog", "turn the pencil sketch into a photo"),
+    ("make it a photo", "a pencil sketch of a dog", "a photo of a dog", "make it a pencil sketch"),
     ("make it look old", "a lake", "a lake, look old", "make it a lake")])
 def test_grammar(instr, caption, tgt, undo):
     assert data.derive(instr, caption) == (tgt, undo)
 
 
-def test_grammar_leaves_out_what_is_so_already():
-    assert data.derive("make it winter", "a house in winter") is None
+@pytest.mark.parametrize("instr, caption", [("make it winter", "a house in winter"), ("change summer to winter", "a house in winter"),
+                                            ("paint the red house blue", "a blue house in summer"), ("remove the fog", "a house in rain")])
+def test_grammar_leaves_out_what_is_so_already(instr, caption):
+    assert data.derive(instr, caption) is None
 
 
 def test_every_caption_of_the_world_swaps_exactly_its_season():
@@ -82,9 +94,16 @@ def test_captions_and_tuples(tmp_path):
     for name in ("a.png", "b.JPG", "c.png"):
         save(np.zeros((8, 8, 3), np.uint8), tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a house in summer"}))
-    (tmp_path / "b.txt").write_text("a lake in spring\n")
+    (tmp_path / "b.txt").write_text("a lake in spring\n", "utf-8-sig")          # as Windows' editor writes it
     rows = data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
     assert [r["src"] for r in rows] == ["a house in summer", "a lake in spring", "a picture"]
+    line = {"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"}
+    (tmp_path / "tuples.jsonl").write_text(json.dumps(line))                    # a line of its own comes before the command line
+    rows = data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
+    assert [(r["src"], r["instr"]) for r in rows] == [("s", "i"), ("a lake in spring", "make it winter"), ("a picture", "make it winter")]
+    (tmp_path / "tuples.jsonl").write_text("\n".join(json.dumps(line | {"file_name": n}) for n in ("a.png", "b.JPG", "c.png")))
+    with pytest.raises(UserError, match="leave --instr away"):
+        data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
     (tmp_path / "tuples.jsonl").write_text(json.dumps({"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i"}))
     with pytest.raises(UserError, match="line 1: the field 'undo' is missing"):
         data.read_prompts(tmp_path, data.find(tmp_path)[0])

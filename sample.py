@@ -149,6 +149,8 @@ def main():
     # merged once: weights that `edit` merges anew each time are slow to read
     adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
     instr = o.instr or config["instr"]
+    if config["instr"] and instr != config["instr"]:
+        print(f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that (tiny/editor knows many)', file=sys.stderr)
     if o.input and not instr:
         raise UserError(f'{run} takes many instructions: say which, as in --instr "make it winter"', 2)
     if o.input and model.width < 512:
@@ -194,11 +196,14 @@ def main():
         data.write_image(where.with_name(where.stem[:50] + ".sheet.png"), contact_sheet([small, y]))
 
     source = pathlib.Path(o.input)
-    numbered = length > 1 and source.is_dir() and all(p.stem.isdigit() for p in source.iterdir())       # one clip's frames
+    inside = [p for p in source.iterdir() if p.suffix.lower() in data.SUFFIXES | data.VIDEOS.keys()] if length > 1 and source.is_dir() else []
+    numbered = bool(inside) and all(p.stem.isdigit() and p.suffix.lower() in data.SUFFIXES and not data.animated(p) for p in inside)  # one clip
     many = source.is_dir() and not numbered
     paths, clips = data.find(source, length if length > 1 else None) if many else \
         ([source], numbered or source.suffix.lower() in data.VIDEOS or data.animated(source))
-    target, done = pathlib.Path(o.output or ("edited" if source.is_dir() else f"edited{source.suffix if clips else '.png'}")), 0
+    target, written = pathlib.Path(o.output or ("edited" if source.is_dir() else f"edited{source.suffix if clips else '.png'}")), set()
+    if target.resolve() == source.resolve():
+        raise UserError(f"--output {target} would overwrite the input; choose another", 2)
     for path in paths:
         path = source / path if many else path
         where = target / path.relative_to(source) if many else target
@@ -209,15 +214,17 @@ def main():
                 image = data.load_image(path)
                 h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** .5)
                 y = run_edit([data.crop(image, (h, w))], [instr])
-                data.write_image(where.with_suffix(".png") if many else where, to_images(vae.decode(y))[0])
-            done += 1
+                if many and (where := where.with_suffix(".png")) in written:    # a.jpg and a.png: the second becomes a.png.png
+                    where = where.with_name(f"{path.name}.png")
+                data.write_image(where, to_images(vae.decode(y))[0])
+            written.add(where)
         except UserError as error:
             if not many:
                 raise
             print(f"warning: skipped {error}", file=sys.stderr)
-    if not done:
+    if not written:
         raise UserError(f"nothing in {source} could be edited")
-    print(f'"{instr}": {done} {"clip" if clips else "picture"}{"s" * (done > 1)}, {target.resolve()}')
+    print(f'"{instr}": {len(written)} {"clip" if clips else "picture"}{"s" * (len(written) > 1)}, {target.resolve()}')
 
 
 if __name__ == "__main__":

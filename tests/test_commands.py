@@ -97,9 +97,10 @@ def test_sample_edits_the_held_back_and_anything_else(out, tmp_path):
     for name, photo in (("astronaut", photos.astronaut()), ("camera", photos.camera()), ("coffee", photos.coffee()[:50])):
         Image.fromarray(photo).save(tmp_path / f"{name}.png")
     Image.fromarray(photos.astronaut()).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(photos.camera()).save(tmp_path / "camera.jpg")              # a namesake
     done = call("sample.py", "--run", out, "--input", tmp_path, "--instr", "make it winter", "--output", tmp_path / "edited")
     assert done.returncode == 0 and "knows only its own world" in done.stderr
-    assert {p.name for p in (tmp_path / "edited").iterdir()} == {"s.png", "astronaut.png", "camera.png", "coffee.png", "cmyk.png"}
+    assert {p.name for p in (tmp_path / "edited").iterdir()} == {"s.png", "astronaut.png", "camera.png", "camera.png.png", "coffee.png", "cmyk.png"}
     done = call("sample.py", "--run", out, "--input", "tiny/clips/000.webp", "--steps", 2, "--output", tmp_path / "clip")
     assert done.returncode == 0 and len(list((tmp_path / "clip").iterdir())) == 12, done.stderr         # frame by frame
 
@@ -143,6 +144,7 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--steps", 0], 2, "--steps must be above 0"),
             (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),
+            (["sample.py", "--run", out, "--input", mixed, "--output", mixed], 2, "would overwrite the input"),
             (["sample.py", "--run", out, "--input", mixed / "bad.png"], 1, "cannot be read as an image")):
         done = call(*args)
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)

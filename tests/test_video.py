@@ -1,5 +1,6 @@
 """Clips: attention over frames, what is read and written, training and editing on them."""
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -208,5 +209,11 @@ def test_the_clip_editor_edits_pictures_what_it_held_back_and_folders_of_frames(
     assert call("sample.py", "--run", out[0], "--input", "tiny/examples/000.png", "--output", tmp_path / "a.png").returncode == 0
     done = call("sample.py", "--run", out[0], "--output", tmp_path / "held.webp")
     assert done.returncode == 0 and len(list(data.read_frames(tmp_path / "held.webp"))) == 4, done.stderr
-    done = call("sample.py", "--run", out[0], "--input", out[1] / "d", "--frames", 3, "--output", tmp_path / "d")
+    shutil.copytree(out[1] / "d", tmp_path / "frames")
+    (tmp_path / "frames" / ".DS_Store").touch()
+    done = call("sample.py", "--run", out[0], "--input", tmp_path / "frames", "--frames", 3, "--output", tmp_path / "d")
     assert done.returncode == 0 and sorted(p.name for p in (tmp_path / "d").iterdir()) == [f"{i:05d}.png" for i in range(6)], done.stderr
+    (tmp_path / "clips").mkdir()
+    data.write_clip(tmp_path / "clips" / "000.webp", data.read_frames(out[1] / "d"))        # a clip named by a number is no frame
+    done = call("sample.py", "--run", out[0], "--input", tmp_path / "clips", "--output", tmp_path / "e")
+    assert done.returncode == 0 and len(list(data.read_frames(tmp_path / "e" / "000.webp"))) == 6, done.stderr

@@ -260,7 +260,7 @@ def load_rows(rows: list[dict], size: tuple[int, int], views: int = 1, seed: int
     """Yields every row's picture as (views, h, w, 3) uint8, and the row; the unreadable are left out with a warning. The first view is
     the picture, the others are random crops of .8 to 1 of it, half of them mirrored. One at a time: a large folder needs no memory.
     frames above 1: clips, (T, h, w, 3), every stride-th frame; those with less than `frames` of these are left out."""
-    good, rng = 0, np.random.default_rng(seed)
+    good, rng = 0, np.random.default_rng(seed % 2 ** 32)
     for row in rows:
         others = [dict(zoom=rng.uniform(.8, 1), at=rng.uniform(0, 1, 2), mirrored=rng.random() < .5) for _ in range(views - 1)]
         try:

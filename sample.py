@@ -126,8 +126,8 @@ def options():
 def main():
     o = options()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    generator, autocast = torch.Generator().manual_seed(o.seed), torch.autocast(device.type, dtype, enabled=device.type == "cuda")
+    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    generator, autocast = torch.Generator().manual_seed(o.seed), torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     if o.prompt is not None:
         model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
         eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=generator).to(device)

@@ -2,8 +2,8 @@
 
     python train.py --data tiny/examples --instr "make it winter"           # laptop: the embedded base, minutes
     python train.py --data photos/ --instr "make it winter" --base bokeh    # CUDA: a pretrained SD3.5
-    python train.py --data tiny/examples --instr "make it winter" --resume  # goes on where it stopped
-    torchrun --nproc_per_node 2 train.py --data ... --instr ...             # several GPUs, or processor cores: the same run, shared
+    python train.py --data tiny/examples --instr "make it winter" --resume  # goes on where it stopped, with the options it had
+    torchrun --nproc_per_node 2 -- train.py --data ... --instr ...          # several GPUs, or processor cores: the same run, shared
 
 Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl, samples/, held/ (the pictures on them), README.md
 (the card), and checkpoint.safetensors for --resume.
@@ -20,10 +20,10 @@ import signal
 import sys
 import time
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 import data
@@ -32,7 +32,7 @@ from frozen.vae import to_images, to_pixels
 from losses import byg_loss, fade, follow, identity_loss
 from model import Adapter, UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, noise, time_grid
-from sample import edit, working_size, write_sheets
+from sample import edit, read_run, working_size, write_sheets
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "The embedded recipe").
@@ -49,8 +49,7 @@ CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batc
 def pixels(text: str) -> tuple[int, int]:
     """"512" or "512x768" -> (height, width)"""
     h, _, w = text.partition("x")
-    size = int(h), int(w or h)
-    if min(size) < 16:
+    if min(size := (int(h), int(w or h))) < 16:
         raise ValueError
     return size
 
@@ -96,17 +95,19 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--every", type=int, default=100, help="steps between sample sheets and saves")
     p.add_argument("--held", type=int, default=6, help="images kept out of training, for the sample sheets")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
-                   help="auto: bf16 on a GPU that computes in it, else fp32")
+    p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on a GPU that computes in it, else fp32")
     o = p.parse_args()
+    if o.resume and (pathlib.Path(o.out) / "checkpoint.safetensors").exists():      # the run's own options, but for those given now
+        begun = read_run(pathlib.Path(o.out))
+        begun |= {"size": "x".join(map(str, begun["size"])), "held": len(begun["held"])}
+        p.set_defaults(**{k: v if isinstance(v, bool) else str(v) for k, v in begun.items() if k in vars(o) and v is not None})
+        o = p.parse_args()
     paths, clips = data.find(o.data, o.frames)
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
-    if o.recipe == "auto":
-        o.recipe = "tiny" if o.base == "tiny" else "paper"
+    o.recipe = o.recipe if o.recipe != "auto" else "tiny" if o.base == "tiny" else "paper"
     asked = o.imitate
-    for k, v in (RECIPES[o.recipe] | (CLIPS[o.recipe] if clips else {})).items():
-        setattr(o, k, v if getattr(o, k) is None else getattr(o, k))
-    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "lr", "frames", "stride"):
+    vars(o).update({k: v for k, v in (RECIPES[o.recipe] | (CLIPS[o.recipe] if clips else {})).items() if getattr(o, k) is None})
+    for k in ("steps", "batch", "n", "rank", "views", "states", "accumulate", "every", "held", "lr", "frames", "stride"):
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
     o.imitate *= o.cue == "delta" and not clips
@@ -230,15 +231,14 @@ def main():
         lock = claim(out) if RANK == 0 else None                                # noqa: F841  (held until the process ends)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else None
         amp = {"auto": half, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[o.dtype]      # of autocast; None: float32
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
         # Encode everything once; the encoders are not needed after that.
         latents, read, digest, block = [], [], hashlib.sha256(), []
         for views, row in data.load_rows(rows, size, o.views, o.seed, o.frames, o.stride):
-            with torch.no_grad():
-                z = torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)])
+            z = torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)])
             if len(block) < len(z):                         # kept in blocks: small tensors among the encoder's large ones would tear
                 block = z.new_empty(max(64, len(z)), *z.shape[1:])              # the memory to pieces, 300 KiB for each picture
             latents.append(block[:len(z)].copy_(z))
@@ -250,13 +250,12 @@ def main():
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     torch.manual_seed(o.seed)
-    with torch.no_grad():
-        texts = sorted({"", *(r[k] for r in rows for k in ("src", "tgt", "instr", "undo"))})
-        context, pooled = (torch.cat(a) for a in zip(*(text(texts[i:i + 64]) for i in range(0, len(texts), 64))))
+    texts = sorted({"", *(r[k] for r in rows for k in ("src", "tgt", "instr", "undo"))})
+    context, pooled = (torch.cat(a) for a in zip(*(map(Tensor.cpu, text(texts[i:i + 64])) for i in range(0, len(texts), 64))))
     index = {s: i for i, s in enumerate(texts)}
     ids = {k: torch.tensor([index[r.get(k, "")] for r in rows]) for k in ("src", "tgt", "instr", "undo", "null")}
-    own_noise = torch.tensor([r.get("own_noise", False) for r in rows])
-    prompt = lambda which: (context[which], pooled[which])                      # noqa: E731
+    own_noise = torch.tensor([r.get("own_noise", False) or not o.fresh_noise for r in rows])
+    prompt = lambda which: (context[which].to(device), pooled[which].to(device))                    # noqa: E731
     del text, vae.encoder
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))   # the same images held back for any seed
     held = order[:min(o.held, max(1, len(rows) // 8))]
@@ -268,13 +267,12 @@ def main():
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
     opt = new_optimizer(adapter, o)
     scaler = torch.amp.GradScaler(enabled=amp == torch.float16)
-    rng, first, ts = torch.Generator().manual_seed(o.seed), 0, time_grid(o.n, shift)
-    if o.resume:
-        first = restore(out / "checkpoint.safetensors", adapter, average, opt, rng)
+    rng, ts = torch.Generator().manual_seed(o.seed), time_grid(o.n, shift)
+    first = restore(out / "checkpoint.safetensors", adapter, average, opt, rng) if o.resume else 0
     if device.type == "cuda":
         model.checkpointing = model.width > 512                                 # large bases: memory before speed
         torch._dynamo.config.recompile_limit = 64                               # a block's kinds times adapter none, with and without gradient
-        for block in model.transformer_blocks:
+        for block in model.transformer_blocks if has_triton() else ():          # which a GPU before Volta, and Windows, are without
             block.compile()
     if RANK == 0:
         shown = []
@@ -285,6 +283,8 @@ def main():
                     shutil.copyfile(file, tmp)              # piecewise: a film may be larger than the memory
             shown.append(rows[i] | {"path": f"held/{n}/{path.name}"})
         made = data.origin() | {"fingerprint": digest.hexdigest()[:16]}         # of all pictures and prompts
+        if o.resume and made["fingerprint"] not in (out / "config.json").read_text("utf-8"):
+            print(f"warning: these are not the pictures and prompts that the run in {out} was begun with", file=sys.stderr)
         write(out / "config.json", vars(o) | {"size": size, "held": shown, "made": made})
         write(out / "README.md", data.card(o, made))
 
@@ -295,16 +295,16 @@ def main():
         moments = {f"{part}.{k}": v for k, p in adapter.items() for part, v in opt.state.get(p, {}).items()}
         write_tensors(out / "checkpoint.safetensors", {f"now.{k}": v for k, v in adapter.items()} | moments |
                       {f"avg.{k}": v for k, v in average.items()} | {"rng": rng.get_state()}, step=step)
+        data.page(out)
 
     def draw(step):
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
         x, frames = torch.cat([latents[i][:o.frames] for i in held]).to(device), held.repeat_interleave(o.frames)
         eps = noise(len(held), o.frames, shape, o.shared_noise, torch.Generator().manual_seed(1)).flatten(0, 1).to(device)
-        with torch.no_grad():
-            with autocast:
-                y = edit(model, average, x, prompt(ids["instr"][frames]), eps, time_grid(20, shift), o.frames)
-                back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
-            pictures = [np.concatenate([to_images(vae.decode(part)) for part in a.split(8)]) for a in (x, y, back)]
+        with torch.no_grad(), autocast:
+            y = edit(model, average, x, prompt(ids["instr"][frames]), eps, time_grid(20, shift), o.frames)
+            back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
+        pictures = [to_images(vae.decode(a)) for a in (x, y, back)]
         sheet = write_sheets(out / "samples" / f"latest.{'webp' if o.frames > 1 else 'png'}", pictures, o.frames)
         for name in [f"{step:06d}.png"] + ["latest.png"] * (o.frames > 1):     # of pictures the latest is written
             data.write_image(out / "samples" / name, sheet)
@@ -342,8 +342,7 @@ def main():
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
             eps = noise(o.batch // times, o.frames, shape, o.shared_noise, rng).repeat(times, 1, 1, 1, 1)
-            eps_cue = noise(o.batch, o.frames, shape, o.shared_noise, rng) if o.fresh_noise else eps
-            eps_cue = torch.where(own_noise[b, None, None, None, None], eps, eps_cue)
+            eps_cue = torch.where(own_noise[b, None, None, None, None], eps, noise(o.batch, o.frames, shape, o.shared_noise, rng))
             some = lambda i, v: latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames]
             window = lambda at: torch.cat([*map(some, b[mine], at[mine])]).to(device)
             other = window(view)                                                # a crop of the picture, or the clip from some moment on
@@ -367,32 +366,26 @@ def main():
         share([p.grad for p in params])
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()
-        if math.isfinite(norm):
-            scaler.step(opt)
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), params, 1 - min(o.ema, step / (step + 10)))
-            bad = 0
-        else:
-            bad += 1
+        bad = 0 if math.isfinite(norm) else bad + 1
+        if bad:
             say(f"warning: step {step} skipped: the gradient is not finite")
+        else:
+            scaler.step(opt)
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in params], 1 - min(o.ema, step / (step + 10)))
         scaler.update()
         opt.zero_grad()
-        if bad >= 5:
-            save(step)
-            raise UserError("five steps in a row had no finite gradient; the last good state is saved. Try a lower --lr, or --dtype fp32")
         shared = torch.tensor([*figures.values(), len(stop)], device=device)
         share([shared])
-        *values, halt = shared.tolist()
-        figures = dict(zip(figures, values))
+        figures, halt = dict(zip(figures, shared.tolist())), shared[-1].item()
         bar.set_postfix({a: f"{v:.3f}" for a, v in figures.items()}, refresh=False)
         if step % o.every == 0 or step == o.steps:
             figures["change"] = draw(step)
-            save(step)
         log.write(json.dumps({"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)} | figures) + "\n")
-        if "change" in figures and RANK == 0:
-            data.page(out)
+        if "change" in figures or halt or bad >= 5:
+            save(step)                                      # after its line, so that a kill between the two leaves none out: cut_log
+        if bad >= 5:
+            raise UserError("five steps in a row had no finite gradient; the last good state is saved. Try a lower --lr, or --dtype fp32")
         if halt:
-            save(step)
             say(f"stopped at step {step}; everything is saved, go on with --resume")
             sys.exit(128 + (stop or [signal.SIGINT])[0])
     if RANK == 0:

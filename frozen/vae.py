@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+AT_ONCE = 2 ** 18                           # pixels: one picture of 512 x 512 takes the SD3 decoder .7 GiB
+
 
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
@@ -148,12 +150,14 @@ class VAE(nn.Module):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, H, W) in [-1, 1] -> x (B, C, H/f, W/f): the posterior's mean, scaled to about unit variance."""
-        return (self.moments(pixels)[0] - self.shift) * self.scaling
+        parts = pixels.split(max(1, AT_ONCE // (pixels.shape[2] * pixels.shape[3])))
+        return (torch.cat([self.moments(part)[0] for part in parts]) - self.shift) * self.scaling
 
     def decode(self, x: Tensor) -> Tensor:
         """x (B, C, h, w) -> pixels (B, 3, h*f, w*f), about [-1, 1] (not clamped)."""
         z = x / self.scaling + self.shift
-        return self.decoder(self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z)
+        z = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
+        return torch.cat([self.decoder(part) for part in z.split(max(1, AT_ONCE // (z.shape[2] * z.shape[3] * self.factor ** 2)))])
 
 
 def to_pixels(images: np.ndarray) -> Tensor:

@@ -6,11 +6,13 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(ROOT / "bench"))
 import evaluate  # noqa: E402
 import readme  # noqa: E402
-from memory import SD3, Meter, forward_tflop, step_memory  # noqa: E402
+from memory import SD3, TEXTS, VAE_CONFIG, Meter, forward_tflop, other_memory, step_memory  # noqa: E402
 
 import edits  # noqa: E402
 import scenes  # noqa: E402
@@ -35,6 +37,17 @@ def test_checkpointing_saves_memory_and_weights_are_counted_exactly():
     with torch.device("meta"):
         weights = sum(v.numel() for v in MMDiT(config).state_dict().values()) * 2 / 2 ** 30
     assert again["peak"] < kept["peak"] and again["weights"] == kept["weights"] == pytest.approx(weights, abs=.01)
+
+
+def test_encoders_and_decoder_are_counted_too():
+    size = lambda model, bytes: sum(v.numel() for v in model.state_dict().values()) * bytes / 2 ** 30           # noqa: E731
+    config = SD3 | dict(num_layers=2, num_attention_heads=8, qk_norm="rms_norm")
+    with torch.device("meta"):
+        theirs = AutoencoderKL(**VAE_CONFIG, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+        there = size(MMDiT(config), 2) + size(theirs, 4) + sum(size(CLIPTextModelWithProjection(CLIPTextConfig(**c)), 2) for c in TEXTS)
+    some, more = (other_memory(config, 64, 4, held=n) for n in (1, 200))        # 200 small pictures are still decoded 64 at a time
+    assert some["decoder"] == pytest.approx(size(theirs.decoder, 4), abs=.006)
+    assert there < some["encoding"] < there + .2 and some["sheet"] < more["sheet"] < some["sheet"] * 64
 
 
 def test_operations_are_counted_as_by_hand():

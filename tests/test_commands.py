@@ -64,6 +64,8 @@ def test_resume_goes_on_exactly(out, tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "b/log.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     a, b = load_file(out / "checkpoint.safetensors"), load_file(tmp_path / "b" / "checkpoint.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+    other = call("train.py", "--data", "tiny/examples", "--instr", "make it night", "--out", tmp_path / "b", "--resume")
+    assert other.returncode == 0 and "not the pictures and prompts that the run" in other.stderr, other.stderr
 
 
 def test_an_edit_may_ask_for_its_states_own_noise_and_editors_have_a_mean(tmp_path):

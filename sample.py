@@ -150,7 +150,7 @@ def main():
     adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
     instr = o.instr or config["instr"]
     if config["instr"] and instr != config["instr"]:
-        print(f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that (tiny/editor knows many)', file=sys.stderr)
+        print(f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that', file=sys.stderr)
     if o.input and not instr:
         raise UserError(f'{run} takes many instructions: say which, as in --instr "make it winter"', 2)
     if o.input and model.width < 512:

@@ -93,7 +93,7 @@ def main():
     world, rng = held_out(kind, value, o.n, o.seed), np.random.default_rng(o.seed)
     images = np.stack([scenes.render(s) for s in world])
     captions = [scenes.caption(s, rng, drop=0.) for s in world]
-    encode = lambda pictures: torch.cat([vae.encode(to_pixels(pictures[i:i + 25])) for i in range(0, len(pictures), 25)])
+    encode = lambda pictures: vae.encode(to_pixels(pictures))
     with torch.no_grad():
         src, tgt, null, prompt = text(captions), text([derive(instr, c)[0] for c in captions]), text([""] * o.n), text([instr])
         x = encode(images)
@@ -111,7 +111,7 @@ def main():
     def free(f, *args):
         with torch.no_grad():
             y = f(model, x, *args, o.steps, shift, noise())
-            return np.concatenate([to_images(vae.decode(part)) for part in y.split(25)])
+            return to_images(vae.decode(y))
 
     methods = {"copy": lambda: images, f"ByG ({o.run}, no pairs)": lambda: edited(load_adapter(run / "adapter.safetensors", model)[0])}
     for s in (.5, .6, .7, .8, .9):

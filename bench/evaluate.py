@@ -163,7 +163,7 @@ def video(o, config, run, out):
     images, truth = ([scenes.render(s, t) for s in some for t in times] for some in (world, [change(s, kind, value) for s in world]))
     model, vae, text, shift = load_base(config["base"])
     with torch.no_grad():
-        shown = np.concatenate([to_images(vae.decode(vae.encode(to_pixels(np.stack(truth[i:i + 40]))))) for i in range(0, len(truth), 40)])
+        shown = to_images(vae.decode(vae.encode(to_pixels(np.stack(truth)))))
     clips = lambda a: np.stack(a).reshape(o.n, frames, *a[0].shape)             # noqa: E731
     weather = np.array([s.weather for s in world])         # of what falls, most changes from frame to frame
 

@@ -24,20 +24,20 @@ def fade(guidance: float, t: Tensor) -> Tensor:
     return 1 + (guidance - 1) * ((.92 - t[:, None, None, None]) / .2).clamp(0, 1)
 
 
-def delta_change(v_src: Tensor, v_tgt: Tensor, x: Tensor, x_t: Tensor, y_t: Tensor, t: Tensor) -> Tensor:
+def delta_change(v_src: Tensor, v_tgt: Tensor, x: Tensor, x_t: Tensor, y_t: Tensor, t: Tensor, sure: Tensor | float = 0.) -> Tensor:
     """What the text changes, as the difference of two errors: the edit is right when the base errs on it as it errs on the source.
 
     The base's v_src is a blurry mean while the editor sees a sharp source: measured from v_src even the perfect edit is not
     parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise: the base's blur cancels in
     d (Delta Denoising Score, arXiv 2304.07090; FlowEdit, 2412.08629). w = |d|^2 / (|d|^2 + |e|^2), at each place, is the trust in d:
     where e, the base's error on the source, is as large as what the text changes, the base does not see what stands there, and
-    would paint winter over the house.
-    v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1] -> the wanted change w d of the velocity (B, C, H, W)
+    would paint winter over the house. It thins out what has nothing to do with what stands there, as snowfall: there sure = 1 makes w = 1.
+    v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1], sure (B, 1, 1, 1) -> the wanted change w d of the velocity (B, C, H, W)
     """
     s = t[:, None, None, None]
     x_src, y_tgt = x_t - s * v_src, y_t - s * v_tgt                             # what the base takes the clean pictures for
     d, e = (F.avg_pool2d(a.square().mean(1, keepdim=True), 3, 1, 1, count_include_pad=False) for a in (y_tgt - x_src, x - x_src))
-    return d / (d + e) * (v_tgt - v_src)
+    return (d / (d + e)).clamp(min=sure) * (v_tgt - v_src)
 
 
 def delta_cue(v: Tensor, v_x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,21 +66,25 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 
 
 @torch.no_grad()
-def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1) -> Tensor:
+def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1,
+           own: Tensor | None = None) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
     fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Above t = .9 only the change's mean over
     the picture is taken: up there the base sees how light a picture is, which night needs, but not where its house stands.
 
+    own (B,) bool: where true, one noise all the way and the cue is sure: of what begins at random places the mean is none at all.
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
-    y = x
+    y, first = x, None
+    own = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool) if own is None else own[:, None, None, None]
     for t, t_next in zip(ts[:-1], ts[1:]):
         change, times = 0, t.repeat(len(x)).to(x.device)
         for _ in range(draws):
-            eps = torch.randn(x.shape, generator=generator).to(x.device)
-            x_t = torch.lerp(x, eps, t.to(x.device))
+            eps = torch.randn(x.shape, generator=generator)
+            first = eps if first is None else first
+            x_t = torch.lerp(x, torch.where(own, first, eps).to(x.device), t.to(x.device))
             y_t = y + x_t - x                               # the state of a straight path from eps to y
             v_src, v_tgt = teacher(model, [((x_t, times), prompts["src"], None), ((y_t, times), prompts["tgt"], guidance(times))], prompts["null"])
-            change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times) / draws
+            change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times, own.to(x)) / draws
         y = y - (t - t_next) * (change.mean((2, 3), keepdim=True) if t > .9 else change)
     return y
 
@@ -90,14 +94,23 @@ def identity_loss(model: MMDiT, adapter: Adapter, x: Tensor, x_t: Tensor, t: Ten
     return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
 
 
+def retain_loss(model: MMDiT, adapter: Adapter, x_t: Tensor, t: Tensor, src: Prompt) -> Tensor:
+    """Without a source the editor stays the base: so words that no instruction uses keep their meaning (the idea of prior
+    preservation, arXiv 2208.12242). x_t (B, C, H, W) noised source, t (B,), src: its caption."""
+    with torch.no_grad():
+        v = model(x_t, t, src).float()
+    return F.mse_loss(model(x_t, t, src, None, adapter).float(), v)
+
+
 def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompts: dict[str, Prompt], eps: Tensor, eps_cue: Tensor, k: Tensor,
              ts: Tensor, o: argparse.Namespace, known: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
 
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
-    pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): noise for the delta cue, fresh or eps; k (B,) node of the time grid ts for
-    each sample; average: the averaged adapter of the bootstrap; o: options frames (samples that are one clip), states, routing, bootstrap,
-    cue, alpha, guidance, cycle, prior, reverse; known (B, C, H, W): edits to imitate, from `follow`, instead of rollout and teacher.
+    pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): noise for the delta cue, fresh, or eps for what begins at random places
+    (then the cue is sure, too); k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap; o: options
+    frames (samples that are one clip), states, routing, bootstrap, cue, alpha, guidance, cycle, prior, reverse, retain; known (B, C, H, W):
+    edits to imitate, from `follow`, instead of rollout and teacher.
     -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
@@ -125,7 +138,8 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     elif o.cue == "delta":                                  # the same states under eps_cue: if fresh, the editor cannot know it
         at_x, at_y = ((z + s * (eps_cue - eps), t) for z in (x_t, y_t))
         v_src, v_tgt = teacher(model, [(at_x, src, None), (at_y, tgt, w and fade(w, t))], prompts["null"])
-        change = delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t)
+        sure = (eps_cue == eps).flatten(1).all(1)[:, None, None, None].float()
+        change = delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t, sure)
     else:
         at_y, at_x = (y_t, t), (x_t, t)
         v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(o.reverse)] for p in (src, tgt)], prompts["null"])
@@ -141,6 +155,9 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
         if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction
             prior = F.mse_loss(v_fwd, v_tgt)
     loss, figures = o.prior * prior, {"prior": prior.detach(), "cos": cos}          # Eq. 5
+    if o.retain:                                            # half of the states are enough
+        retain = retain_loss(model, adapter, x_t[::2], t[::2], tuple(a[::2] for a in src))
+        loss, figures["retain"] = loss + o.retain * retain, retain.detach()
     reverse = o.reverse if o.cue != "delta" else 0          # the reverse cue: captions swapped
     if not (o.cycle or reverse):
         return loss, figures

@@ -104,3 +104,6 @@ def test_the_general_editor_never_meets_what_is_kept_back(tmp_path):
     for row in rows:
         a, b = row["src"].split(), row["tgt"].split()
         assert row["src"] != row["tgt"] and len(set(a) ^ set(b)) <= 12, row
+    subprocess.run([sys.executable, "tiny/edits.py", tmp_path / "snow", "--n", "200", "--snow", ".5"], cwd=ROOT, check=True)
+    snow = [json.loads(line) for line in (tmp_path / "snow" / "tuples.jsonl").read_text().splitlines() if "snow" in json.loads(line)["instr"]]
+    assert 90 < len(snow) < 140 and not any("snow" in row["undo"] for row in snow) and all(row["own_noise"] for row in snow)

@@ -90,6 +90,11 @@ def test_an_edit_may_ask_for_its_states_own_noise_and_editors_have_a_mean(tmp_pa
     assert a.keys() == mean.keys() and all(((a[k] + b[k]) / 2 - mean[k]).abs().max() < 1e-6 for k in a)
     assert any(not a[k].equal(b[k]) for k in a)
     assert call("sample.py", "--run", tmp_path / "mean", "--output", tmp_path / "s.png").returncode == 0
+    assert call("tiny/mean.py", tmp_path / "mean", "--out", tmp_path / "half", "--half").returncode == 0
+    half = load_file(tmp_path / "half/adapter.safetensors")
+    size = [(tmp_path / run / "adapter.safetensors").stat().st_size for run in ("half", "mean")]
+    assert all((half[k] - mean[k]).abs().max() <= 1e-3 * mean[k].abs().max() for k in mean) and size[0] < .6 * size[1]
+    assert call("sample.py", "--run", tmp_path / "half", "--output", tmp_path / "s.png").returncode == 0
     again = call("tiny/mean.py", tmp_path / "fresh/out", "--out", tmp_path / "mean")
     assert again.returncode == 2 and "exists already" in again.stderr
 

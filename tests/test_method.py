@@ -6,14 +6,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import losses
-from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, teacher
+from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, retain_loss, teacher
 from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 from train import Muon
 
 B, C, S = 3, 4, 8
 OPTIONS = argparse.Namespace(frames=1, states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1.,
-                             reverse=1.)
+                             reverse=1., retain=0.)
 
 
 @pytest.fixture
@@ -55,6 +55,22 @@ def test_each_loss_alone_reaches_every_adapter_tensor(world, name, cue, checkpoi
         loss = run(world, **{"cycle": 0., "prior": 0., "reverse": 0., name: 1., "cue": cue})[0]
     loss.backward()
     assert [n for n, v in adapter.items() if v.grad is None or v.grad.abs().max() == 0] == []
+
+
+def test_retain_compares_the_editor_without_a_source_with_the_base(world):
+    """Nothing to correct in a fresh adapter; in another, it is the mean squared distance from the base and moves all of the LoRA, but
+    nothing of what reads the source."""
+    model, adapter, x, eps, prompts, k, ts = world
+    args = torch.lerp(x, eps, ts[k][:, None, None, None]), ts[k], prompts["src"]
+    assert retain_loss(model, new_adapter(model, 4), *args).item() < 1e-12
+    changed = {n: v for n, v in adapter.items() if "lora" in n}
+    loss = retain_loss(model, adapter, *args)
+    torch.testing.assert_close(loss, (model(*args, None, merged(model, changed)) - model(*args)).square().mean())
+    loss.backward()
+    assert {n for n, v in adapter.items() if v.grad is not None and v.grad.abs().max() > 0} == set(changed)
+    (plain, _), (more, figures) = run(world), run(world, retain=3.)             # every second sample
+    torch.testing.assert_close(figures["retain"], retain_loss(model, adapter, *(a[::2] for a in args[:2]), tuple(a[::2] for a in args[2])))
+    torch.testing.assert_close(more - plain, 3 * figures["retain"])
 
 
 def test_routed_value_is_the_rollouts_end_and_its_gradient_the_one_step_paths():
@@ -195,6 +211,29 @@ def test_following_the_delta_cue_ends_at_the_true_edit():
     assert (y - truth).square().mean() < .01 * (x - truth).square().mean()
 
 
+def test_what_begins_at_random_places_is_followed_under_its_own_noise():
+    """Pictures of the target are m or -m (within sigma), as snow falls here or there: the edit is one of the two, the one its noise is nearer to."""
+    sigma, m = .1, .7 * torch.randn(4, 8, 8)
+    m = m - m.mean((1, 2), keepdim=True)
+    x = sigma * torch.randn(16, 4, 8, 8)
+
+    def base(y, t, prompt):                                 # the exact one: E[x | y_t] of both, weighed by how likely each is
+        t, mean = t[:, None, None, None], 0
+        spread = (1 - t) ** 2 * sigma ** 2 + t ** 2
+        for sign in (1, -1):
+            mu = sign * prompt[0]
+            likely = torch.sigmoid(2 * sign * (1 - t) / spread * (y * prompt[0]).sum((1, 2, 3), keepdim=True))
+            mean = mean + likely * (mu + (1 - t) * sigma ** 2 / spread * (y - (1 - t) * mu))
+        return (y - mean) / t
+
+    prompts = {"src": (torch.zeros_like(x),), "tgt": (m.expand_as(x),), "null": (torch.zeros_like(x),)}
+    y = follow(base, x, prompts, lambda t: torch.ones(len(t), 1, 1, 1), time_grid(50), torch.Generator().manual_seed(0), own=torch.ones(16).bool())
+    ends = ((y - x) * m).mean((1, 2, 3)) / m.square().mean()                    # 1 or -1: a picture of the target
+    assert (ends.abs() - 1).abs().max() < .1
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert ends.sign().equal((eps * m).sum((1, 2, 3)).sign()) and len(set(ends.sign().tolist())) == 2
+
+
 def test_delta_cue_does_not_trust_a_base_that_cannot_see_the_source():
     """The asked change shrinks where the base's error on the source is large."""
     x, eps, d = torch.randn(3, 2, 4, 8, 8)
@@ -205,6 +244,9 @@ def test_delta_cue_does_not_trust_a_base_that_cannot_see_the_source():
     asked = delta_change(blind, blind + d, x, x_t, x_t, t)
     assert asked[..., 0].abs().max() < .01 * d.abs().max()
     torch.testing.assert_close(asked[..., 5:], d[..., 5:], rtol=1e-3, atol=1e-4)
+    sure = delta_change(blind, blind + d, x, x_t, x_t, t, torch.tensor([1., 0.])[:, None, None, None])      # the first falls at random places
+    torch.testing.assert_close(sure[0], d[0])
+    assert sure[1].equal(asked[1])
 
 
 def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():

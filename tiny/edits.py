@@ -63,6 +63,7 @@ def main():
     p.add_argument("out", help="folder to fill")
     p.add_argument("--n", type=int, default=4000)
     p.add_argument("--seed", type=int, default=1)
+    p.add_argument("--snow", type=float, default=0., help="share of the edits that are snowfall beside those that are so by chance")
     o = p.parse_args()
     rng, out, lines = np.random.default_rng((o.seed, 2)), pathlib.Path(o.out), []
     out.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,8 @@ def main():
         scene = scenes.sample_scene(rng, style=str(rng.choice(styles, p=(.7, .15, .15))))
         kind = str(rng.choice(list(EDITS), p=list(EDITS.values())))
         value = propose(scene, kind, rng)
+        if o.snow and rng.random() < o.snow:
+            kind, value = "weather", "snowfall" if scene.weather != "snowfall" else None
         if kind == "weather" and value != "snowfall" and rng.random() < .5:
             continue                                        # snowfall is the hardest to learn: twice as often as the other weathers
         if value is not None:

@@ -17,6 +17,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("runs", nargs="+", help="folders of runs of the same base and rank")
     p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--half", action="store_true", help="write float16: half the file, to be published")
     o = p.parse_args()
     (first, meta), *others = (read_tensors(pathlib.Path(run) / "adapter.safetensors") for run in o.runs)
     for run, (tensors, _) in zip(o.runs[1:], others):
@@ -27,7 +28,7 @@ def main():
     shutil.copytree(pathlib.Path(o.runs[0]) / "held", pathlib.Path(o.out) / "held")        # its card and samples are of another editor
     shutil.copy(pathlib.Path(o.runs[0]) / "config.json", o.out)
     mean = {k: sum((tensors[k] for tensors, _ in others), v) / len(o.runs) for k, v in first.items()}
-    write_tensors(pathlib.Path(o.out) / "adapter.safetensors", mean, **meta)
+    write_tensors(pathlib.Path(o.out) / "adapter.safetensors", {k: v.half() if o.half else v for k, v in mean.items()}, **meta)
 
 
 if __name__ == "__main__":

@@ -67,15 +67,15 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 
 @torch.no_grad()
 def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1,
-           own: Tensor | None = None) -> Tensor:
+           own_noise: Tensor | None = None) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
     fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Above t = .9 only the change's mean over
     the picture is taken: up there the base sees how light a picture is, which night needs, but not where its house stands.
 
-    own (B,) bool: where true, one noise all the way and the cue is sure: of what begins at random places the mean is none at all.
+    own_noise (B,) bool: where true, one noise all the way and the cue is sure: of what begins at random places the mean is none at all.
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
     y, first = x, None
-    own = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool) if own is None else own[:, None, None, None]
+    own = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool) if own_noise is None else own_noise[:, None, None, None]
     for t, t_next in zip(ts[:-1], ts[1:]):
         change, times = 0, t.repeat(len(x)).to(x.device)
         for _ in range(draws):
@@ -95,8 +95,8 @@ def identity_loss(model: MMDiT, adapter: Adapter, x: Tensor, x_t: Tensor, t: Ten
 
 
 def retain_loss(model: MMDiT, adapter: Adapter, x_t: Tensor, t: Tensor, src: Prompt) -> Tensor:
-    """Without a source the editor stays the base: so words that no instruction uses keep their meaning (the idea of prior
-    preservation, arXiv 2208.12242). x_t (B, C, H, W) noised source, t (B,), src: its caption."""
+    """Without a source the editor stays the base (the idea of prior preservation, arXiv 2208.12242): meant to keep the meaning of words that
+    no instruction uses; what came of it stands in tiny/README. x_t (B, C, H, W) noised source, t (B,), src: its caption."""
     with torch.no_grad():
         v = model(x_t, t, src).float()
     return F.mse_loss(model(x_t, t, src, None, adapter).float(), v)

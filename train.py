@@ -74,7 +74,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
             ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"), ("prior", float, "weight of the teacher cue"),
             ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"), ("cycle", float, "weight of the cycle"),
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor in the cosine cue"),
-            ("retain", float, "weight of staying the base without a source: keeps words that no instruction uses"),
+            ("retain", float, "weight of staying the base without a source"),
             ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
             ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
             ("imitate", float, "share of the steps, from the first on, that imitate edits made by following the delta cue before training; 0 to 1"),
@@ -323,7 +323,7 @@ def main():
     for i in tqdm(todo, "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0 or not todo):
         x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
         with autocast:
-            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own, own=own_noise[i]).cpu()
+            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own, own_noise=own_noise[i]).cpu()
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))

@@ -228,7 +228,8 @@ def test_what_begins_at_random_places_is_followed_under_its_own_noise():
         return (y - mean) / t
 
     prompts = {"src": (torch.zeros_like(x),), "tgt": (m.expand_as(x),), "null": (torch.zeros_like(x),)}
-    y = follow(base, x, prompts, lambda t: torch.ones(len(t), 1, 1, 1), time_grid(50), torch.Generator().manual_seed(0), own=torch.ones(16).bool())
+    generator, own_noise = torch.Generator().manual_seed(0), torch.ones(16, dtype=torch.bool)
+    y = follow(base, x, prompts, lambda t: torch.ones(len(t), 1, 1, 1), time_grid(50), generator, own_noise=own_noise)
     ends = ((y - x) * m).mean((1, 2, 3)) / m.square().mean()                    # 1 or -1: a picture of the target
     assert (ends.abs() - 1).abs().max() < .1
     near = (torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * m).sum((1, 2, 3))

@@ -24,22 +24,28 @@ from model import Adapter, MMDiT, Prompt, UserError, choose_base, load_adapter, 
 from routing import Velocity, integrate, noise, steady, time_grid
 
 
-def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1) -> Tensor:
-    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
-    may be `merged` -> (B, C, H, W)"""
-    adapter = merged(model, adapter)
-    *_, y = integrate(steady(lambda y, t: model(y, t, prompt, x, adapter, frames), x, frames), eps, ts)
-    return y
-
-
-def guided(model: MMDiT, prompt: Prompt, null: Prompt, guidance: float) -> Velocity:
-    """The base's velocity with classifier-free guidance. prompt, null: (context, pooled) -> velocity(y, t)"""
-    both = tuple(torch.cat(pair) for pair in zip(null, prompt))
+def guided(model: MMDiT, prompt: Prompt, null: Prompt, guidance: float, x: Tensor | None = None, adapter: Adapter | None = None,
+           frames: int = 1) -> Velocity:
+    """Classifier-free guidance, v(null) + guidance (v(prompt) - v(null)), of the base or, with x and adapter, of an editor.
+    prompt, null: (context, pooled) -> velocity(y, t)"""
+    both, x = tuple(torch.cat(pair) for pair in zip(null, prompt)), None if x is None else x.repeat(2, 1, 1, 1)
 
     def velocity(y, t):
-        v0, v1 = model(y.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        v0, v1 = model(y.repeat(2, 1, 1, 1), t.repeat(2), both, x, adapter, frames).float().chunk(2)
         return v0 + guidance * (v1 - v0)
     return velocity
+
+
+def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1, null: Prompt | None = None,
+         guidance: float = 1.) -> Tensor:
+    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
+    may be `merged`. guidance, for which null is needed (no words, B times): above 1 the words count for more, at twice the cost -> (B, C, H, W)"""
+    adapter = merged(model, adapter)
+    velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                                 # noqa: E731
+    if guidance != 1:
+        velocity = guided(model, prompt, null, guidance, x, adapter, frames)
+    *_, y = integrate(steady(velocity, x, frames), eps, ts)
+    return y
 
 
 def generate(model: MMDiT, prompt: Prompt, null: Prompt, eps: Tensor, ts: Tensor, guidance: float) -> Tensor:
@@ -103,6 +109,12 @@ def read_run(folder: pathlib.Path) -> dict:
     return config
 
 
+def own_guidance(instr: str | None) -> float:
+    """The guidance of an edit that asks for none. instr: the run's own, or None for many: then it helps most where words are new to the
+    editor (tiny/README.md); an editor of one instruction does not listen to the words, so guidance has nothing to say there"""
+    return 1. if instr else 1.5
+
+
 def options():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--run", help="folder that train.py wrote (default: out or, before there is one, the editor that comes along, tiny/editor)")
@@ -113,12 +125,15 @@ def options():
     p.add_argument("--prompt", help="draw this with the base alone, no editing")
     p.add_argument("--base", help="base to use (default: the run's own)")
     p.add_argument("--steps", type=int, default=20, help="Euler steps (28 is usual with --prompt)")
-    p.add_argument("--guidance", type=float, default=4.5, help="with --prompt only; the editor needs none")
+    p.add_argument("--guidance", type=float, help="how much the words count; 1: no guidance, half the cost (default: 4.5 with --prompt, 1 for an "
+                   "editor of one instruction, 1.5 for one of many)")
     p.add_argument("--seed", type=int, default=0)
     o = p.parse_args()
     for k in ("steps", "frames"):
         if getattr(o, k) is not None and getattr(o, k) < 1:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    if o.guidance is not None and not 0 <= o.guidance < math.inf:
+        p.error(f"--guidance must be 0 or more, not {o.guidance}")
     return o
 
 
@@ -132,7 +147,7 @@ def main():
         model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
         eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=generator).to(device)
         with autocast:
-            x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), o.guidance)
+            x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), 4.5 if o.guidance is None else o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
     run = pathlib.Path(o.run or "out")
@@ -148,7 +163,7 @@ def main():
     model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
     # merged once: weights that `edit` merges anew each time are slow to read
     adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
-    instr = o.instr or config["instr"]
+    instr, guidance = o.instr or config["instr"], own_guidance(config["instr"]) if o.guidance is None else o.guidance
     if config["instr"] and instr != config["instr"]:
         print(f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that', file=sys.stderr)
     if o.input and not instr:
@@ -160,9 +175,9 @@ def main():
         """images: those of a clip one after another, `frames` for each instruction"""
         x = vae.encode(to_pixels(np.stack(images)).to(device))
         eps = noise(len(instructions), frames, x.shape[1:], config["shared_noise"], generator).flatten(0, 1).to(device)
-        prompt = tuple(a.repeat_interleave(frames, 0) for a in text(instructions))
+        prompt, null = (tuple(a.repeat_interleave(frames, 0) for a in text(words)) for words in (instructions, [""] * len(instructions)))
         with autocast:
-            return edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift), frames)
+            return edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift), frames, null, guidance)
 
     length = o.frames or config["frames"] if config["frames"] > 1 else 1        # an editor of pictures takes a clip frame by frame
     if not o.input:

@@ -35,7 +35,7 @@ from edits import EDITS, FALLING, NEVER, UNSEEN_STYLE, change, edit_prompts, pro
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import UserError, load_adapter, load_base, merged, read_json  # noqa: E402
 from routing import noise, time_grid  # noqa: E402
-from sample import edit  # noqa: E402
+from sample import edit, own_guidance  # noqa: E402
 
 MAIN = ["season", "time", "weather", "house"]
 
@@ -124,16 +124,16 @@ def judge_all(world, kinds, values, output, taus=None):
 
 
 @torch.no_grad()
-def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0., together=True):
-    """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all -> edited images; together: the frames
-    of a clip as a clip, not each as a picture"""
+def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0., together=True, null=None, guidance=1.):
+    """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all; null: of no words, for guidance
+    -> edited images; together: the frames of a clip as a clip, not each as a picture"""
     adapter = merged(model, adapter)
     out, generator, size = [], torch.Generator().manual_seed(seed), 24 // frames * frames if frames > 1 else 25
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i:i + size])))
         eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)
-        p = tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
-        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames if together else 1))))
+        p, u = (q and tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in q) for q in (prompts, null))
+        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames if together else 1, u, guidance))))
     return np.concatenate(out)
 
 
@@ -199,6 +199,7 @@ def main():
     p.add_argument("--n", type=int, default=200, help="scenes (of each kind of edit)")
     p.add_argument("--seed", type=int, default=1000, help="of the scenes and of the noise")
     p.add_argument("--steps", type=int, default=20, help="Euler steps of the edit")
+    p.add_argument("--guidance", type=float, help="of the edit (default: as in sample.py)")
     p.add_argument("--video", action="store_true", help="the run is an editor of clips: writes video.json and video.png")
     p.add_argument("--image", help="with --video: the run of an image editor to compare with, frame by frame")
     p.add_argument("--out", help="folder for evaluate.json, .md and .png (default: the run)")
@@ -220,7 +221,8 @@ def main():
     world, kinds, values, asks = (list(a) for a in zip(*(c for cases in groups.values() for c in cases)))
     images = [scenes.render(s) for s in world]
     with torch.no_grad():
-        output = edit_all(model, vae, adapter, images, text(asks), shift, o.steps, o.seed)
+        output = edit_all(model, vae, adapter, images, text(asks), shift, o.steps, o.seed, null=text([""]),
+                          guidance=own_guidance(config.get("instr")) if o.guidance is None else o.guidance)
     results = judge_all(world, kinds, values, output)
     figures = {name: summary(results[i * o.n:(i + 1) * o.n]) for i, name in enumerate(groups)}
     overall = summary([r for i, name in enumerate(groups) if name in MAIN or len(groups) == 1 for r in results[i * o.n:(i + 1) * o.n]])
@@ -232,8 +234,8 @@ def main():
     truth = [scenes.render(change(world[j], kinds[j], values[j])) for j in shown]
     rows = [[a[j] for j in shown] for a in (images, output)] + [truth]
     scenes.sheet([row[k:k + 16] for k in range(0, len(shown), 16) for row in rows]).save(out / "evaluate.png")
-    command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + \
-        f' --instr "{o.instr}"' * bool(o.instr) + f" --out {o.out}" * bool(o.out)
+    command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + f' --instr "{o.instr}"' * bool(o.instr) + \
+        f" --steps {o.steps}" * (o.steps != 20) + f" --guidance {o.guidance}" * (o.guidance is not None) + f" --out {o.out}" * bool(o.out)
     made = data.origin()
     table = page(figures | ({"season, time, weather, house": overall} if len(groups) > 1 else {}), f"`{command}`") + \
         f"\nMade by commit {made['commit']} on {time.strftime('%Y-%m-%d')}, {made['machine']}.\n"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-from evaluate import measure, scenes  # noqa: E402
+from evaluate import measure, own_guidance, scenes  # noqa: E402
 
 
 def call(*args, cwd=ROOT):
@@ -129,6 +129,16 @@ def test_before_any_training_sample_edits_with_the_editor_that_comes_along(tmp_p
     assert sum(right) >= 9, right
 
 
+def test_an_editor_of_many_instructions_is_guided_if_nothing_else_is_asked(tmp_path):
+    pictures = []
+    for words in ((), ("--guidance", 1.5), ("--guidance", 1)):
+        done = call("sample.py", "--run", "tiny/editor", "--input", "tiny/examples/000.png", "--instr", "make it winter", "--steps", 4, *words,
+                    "--output", tmp_path / "edited.png")
+        assert done.returncode == 0, done.stderr
+        pictures.append((tmp_path / "edited.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2] and own_guidance("make it winter") == 1
+
+
 def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
     empty, text, mixed = (tmp_path / n for n in ("empty", "text", "mixed"))
     for folder in (empty, text, mixed):
@@ -151,6 +161,7 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", "tiny/examples", *winter, "--weight-decay", -1], 2, "--weight-decay must lie between 0 and 1"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--steps", 0], 2, "--steps must be above 0"),
+            (["sample.py", "--run", out, "--guidance", "nan"], 2, "--guidance must be 0 or more"),
             (["sample.py", "--run", out, "--input", tmp_path / "absent.png"], 2, "no such file"),
             (["sample.py", "--run", out, "--input", mixed, "--output", mixed], 2, "would overwrite the input"),
             (["sample.py", "--run", out, "--input", mixed / "bad.png"], 1, "cannot be read as an image")):

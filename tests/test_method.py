@@ -9,6 +9,7 @@ import losses
 from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, retain_loss, teacher
 from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
+from sample import edit
 from train import Muon
 
 B, C, S = 3, 4, 8
@@ -165,6 +166,15 @@ def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
         for v, ((y, t), p, w) in zip(got, asked):
             null = model(y, t, prompts["null"])
             torch.testing.assert_close(v, null + (1 if w is None else w) * (model(y, t, prompts[p]) - null), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_of_an_edit_is_a_step_beyond_the_one_without_words(world):
+    model, adapter, x, eps, prompts, _, _ = world
+    one = time_grid(1)                                      # y_0 = eps - v: linear in the velocity
+    said, unsaid = (edit(model, adapter, x, prompts[p], eps, one) for p in ("instr", "null"))
+    guided = edit(model, adapter, x, prompts["instr"], eps, one, null=prompts["null"], guidance=1.5)
+    assert (said - unsaid).abs().max() > .01 and torch.allclose(guided, unsaid + 1.5 * (said - unsaid), atol=1e-5)
+    assert edit(model, adapter, x, prompts["instr"], eps, one, null=prompts["null"]).equal(said)
 
 
 def test_rollout_is_inference_and_keeps_the_exact_state():

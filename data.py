@@ -45,7 +45,7 @@ FAMILIES = [
     {"clear": (("in clear weather", "under a clear sky"), ("clear weather", "clear")),
      "fog": (("in fog", "in foggy weather"), ("foggy weather", "foggy", "fog")),
      "rain": (("in the rain", "in rainy weather"), ("rainy weather", "rainy", "rain")),
-     "snowfall": (("in snowfall", "in snowy weather"), ("snowy weather", "snowy", "snowfall"))},
+     "snowfall": (("in snowfall", "in snowy weather"), ("snowy weather", "snowy", "snowfall", "it snow"))},
     {c: ((c,), (c,)) for c in ("red", "blue", "yellow", "white", "purple", "green", "orange", "black", "pink", "brown")},
     {"sketch": (("a pencil sketch of", "a pencil drawing of"), ("pencil sketch", "pencil drawing")),
      "pixel": (("pixel art of", "a pixel art picture of"), ("pixel art",)),

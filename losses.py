@@ -94,14 +94,6 @@ def identity_loss(model: MMDiT, adapter: Adapter, x: Tensor, x_t: Tensor, t: Ten
     return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
 
 
-def retain_loss(model: MMDiT, adapter: Adapter, x_t: Tensor, t: Tensor, src: Prompt) -> Tensor:
-    """Without a source the editor stays the base (the idea of prior preservation, arXiv 2208.12242): meant to keep the meaning of words that
-    no instruction uses; what came of it stands in tiny/README. x_t (B, C, H, W) noised source, t (B,), src: its caption."""
-    with torch.no_grad():
-        v = model(x_t, t, src).float()
-    return F.mse_loss(model(x_t, t, src, None, adapter).float(), v)
-
-
 def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompts: dict[str, Prompt], eps: Tensor, eps_cue: Tensor, k: Tensor,
              ts: Tensor, o: argparse.Namespace, known: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
@@ -109,7 +101,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
     pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): noise for the delta cue, fresh, or eps for what begins at random places
     (then the cue is sure, too); k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap; o: options
-    frames (samples that are one clip), states, routing, bootstrap, cue, alpha, guidance, cycle, prior, reverse, retain; known (B, C, H, W):
+    frames (samples that are one clip), states, routing, bootstrap, cue, alpha, guidance, cycle, prior, reverse; known (B, C, H, W):
     edits to imitate, from `follow`, instead of rollout and teacher.
     -> loss, dict of figures
     """
@@ -155,9 +147,6 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
         if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction
             prior = F.mse_loss(v_fwd, v_tgt)
     loss, figures = o.prior * prior, {"prior": prior.detach(), "cos": cos}          # Eq. 5
-    if o.retain:                                            # half of the states are enough
-        retain = retain_loss(model, adapter, x_t[::2], t[::2], tuple(a[::2] for a in src))
-        loss, figures["retain"] = loss + o.retain * retain, retain.detach()
     reverse = o.reverse if o.cue != "delta" else 0          # the reverse cue: captions swapped
     if not (o.cycle or reverse):
         return loss, figures

@@ -37,10 +37,10 @@ from sample import edit, read_run, working_size, write_sheets
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "The embedded recipe").
 RECIPES = {
-    "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, retain=0., alpha=.1, guidance=1.,
+    "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
                   identity_first=200, identity_share=.15, imitate=0., ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine",
                   muon=False),
-    "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., retain=0., alpha=.1, guidance=3.,
+    "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
                  identity_first=0, identity_share=.25, imitate=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
 }
 CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1, identity_first=10)}     # what differs for clips
@@ -74,7 +74,6 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
             ("n", int, "Euler steps of the rollout"), ("rank", int, "of the LoRA"), ("prior", float, "weight of the teacher cue"),
             ("reverse", float, "weight of the reverse cue, cosine only; 0 saves its queries"), ("cycle", float, "weight of the cycle"),
             ("identity", float, "weight of identity"), ("alpha", float, "weight of the anchor in the cosine cue"),
-            ("retain", float, "weight of staying the base without a source"),
             ("guidance", float, "of the teacher (delta: for the target, fading to none at t = .92); 1 = none"),
             ("identity-first", int, "steps of identity alone"), ("identity-share", float, "share of later steps with identity"),
             ("imitate", float, "share of the steps, from the first on, that imitate edits made by following the delta cue before training; 0 to 1"),

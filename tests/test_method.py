@@ -6,7 +6,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import losses
-from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, retain_loss, teacher
+from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, teacher
 from model import MMDiT, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 from sample import edit
@@ -14,7 +14,7 @@ from train import Muon
 
 B, C, S = 3, 4, 8
 OPTIONS = argparse.Namespace(frames=1, states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1.,
-                             reverse=1., retain=0.)
+                             reverse=1.)
 
 
 @pytest.fixture
@@ -56,22 +56,6 @@ def test_each_loss_alone_reaches_every_adapter_tensor(world, name, cue, checkpoi
         loss = run(world, **{"cycle": 0., "prior": 0., "reverse": 0., name: 1., "cue": cue})[0]
     loss.backward()
     assert [n for n, v in adapter.items() if v.grad is None or v.grad.abs().max() == 0] == []
-
-
-def test_retain_compares_the_editor_without_a_source_with_the_base(world):
-    """Nothing to correct in a fresh adapter; in another, it is the mean squared distance from the base and moves all of the LoRA, but
-    nothing of what reads the source."""
-    model, adapter, x, eps, prompts, k, ts = world
-    args = torch.lerp(x, eps, ts[k][:, None, None, None]), ts[k], prompts["src"]
-    assert retain_loss(model, new_adapter(model, 4), *args).item() < 1e-12
-    changed = {n: v for n, v in adapter.items() if "lora" in n}
-    loss = retain_loss(model, adapter, *args)
-    torch.testing.assert_close(loss, (model(*args, None, merged(model, changed)) - model(*args)).square().mean())
-    loss.backward()
-    assert {n for n, v in adapter.items() if v.grad is not None and v.grad.abs().max() > 0} == set(changed)
-    (plain, _), (more, figures) = run(world), run(world, retain=3.)             # every second sample
-    torch.testing.assert_close(figures["retain"], retain_loss(model, adapter, *(a[::2] for a in args[:2]), tuple(a[::2] for a in args[2])))
-    torch.testing.assert_close(more - plain, 3 * figures["retain"])
 
 
 def test_routed_value_is_the_rollouts_end_and_its_gradient_the_one_step_paths():

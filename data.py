@@ -89,7 +89,8 @@ def derive(instr: str, caption: str) -> tuple[str, str] | None:
                 for other, (ways, asks) in family.items() if (words := _find(ways, caption))]
         if said:
             *_, other, words, asks = min(said)              # the one that the instruction names, or the first
-            return None if other == member else (_swap(words, says[0], tgt), _exchange(asked, _find(asks, instr) or asks[0], instr))
+            undo = _exchange(asked.removeprefix("it "), _find(asks, instr) or asks[0], instr)
+            return None if other == member else (_swap(words, says[0], tgt), undo)
         return f"{tgt} {appended.format(says[0])}" if appended else f"{says[0]} {tgt}", back
     if m := re.match(r"(?:change|turn|replace) (.+?) (?:to|into|with) (.+)", instr, re.I):
         for a, b in (m.groups(), [re.sub(r"^(the|an?) ", "", thing, flags=re.I) for thing in m.groups()]):

@@ -19,6 +19,8 @@ from model import UserError
     ("make it night", "a red house on a spring day at noon", "a red house in spring at night", "make it noon"),
     ("make it night", "a red house on a spring day", "a red house in spring at night", "make it a red house on a spring day"),
     ("change the weather to foggy", "a house in the rain", "a house in fog", "change the weather to rainy weather"),
+    ("make it snow", "a house in the rain", "a house in snowfall", "make it rainy weather"),
+    ("make it rain", "a house in snowfall", "a house in the rain", "make it snowy weather"),
     ("change the lake to a desert", "a house by the lake", "a house by a desert", "change a desert to the lake"),
     ("add a boat", "a lake", "a lake with a boat", "make it a lake"),
     ("remove the boat", "a lake with a boat", "a lake", "make it a lake with a boat"),

@@ -84,10 +84,20 @@ def test_where_flakes_begin_is_the_editors_choice_but_after_rain():
         snow = edits.change(scene, "weather", "snowfall")
         for falls, right in ((None, True), ((4, 10), free), ((5, 9), free), ((12.6, 7.4), free)):
             read = evaluate.measure(scene, "weather", "snowfall", scenes.render(snow, falls=falls))
-            assert read["success"] == right, (before, falls)
+            assert read["success"] == right and read["success_free"], (before, falls)
             assert falls != (5, 9) or (read["psnr_truth_db"] > 60) == free     # every pixel is tried, not every second
         for other in (scene, edits.change(scene, "weather", "rain"), edits.change(scene, "weather", "fog")):
-            assert not evaluate.measure(scene, "weather", "snowfall", scenes.render(other))["success"]
+            assert not evaluate.measure(scene, "weather", "snowfall", scenes.render(other))["success_free"]
+
+
+def test_where_the_moon_stands_is_open_after_sunset():
+    scene = scenes.sample_scene(scenes.np.random.default_rng(4), style="plain", weather="clear", time="sunset", clouds=(), disc=(12., 12.))
+    night = edits.change(scene, "time", "night")
+    for disc, right in (((12., 12.), True), ((50., 9.), False)):            # not everywhere does the strict reading fail
+        read = evaluate.measure(scene, "time", "night", scenes.render(evaluate.dataclasses.replace(night, disc=disc)))
+        assert read["success"] == right and read["success_free"], disc
+    for other in (scene, edits.change(night, "house", "red" if scene.house != "red" else "blue"), edits.change(night, "weather", "fog")):
+        assert not evaluate.measure(scene, "time", "night", scenes.render(other))["success_free"]
 
 
 def test_the_general_editor_never_meets_what_is_kept_back(tmp_path):

@@ -215,7 +215,7 @@ def main():
     p.add_argument("--n", type=int, default=200, help="scenes (of each kind of edit)")
     p.add_argument("--seed", type=int, default=1000, help="of the scenes and of the noise")
     p.add_argument("--steps", type=int, default=20, help="Euler steps of the edit")
-    p.add_argument("--guidance", type=float, help="of the edit (default: as in sample.py)")
+    p.add_argument("--guidance", type=float, help="of the edit, not with --video (default: as in sample.py)")
     p.add_argument("--video", action="store_true", help="the run is an editor of clips: writes video.json and video.png")
     p.add_argument("--image", help="with --video: the run of an image editor to compare with, frame by frame")
     p.add_argument("--out", help="folder for evaluate.json, .md and .png (default: the run)")

@@ -38,7 +38,7 @@ def guided(model: MMDiT, prompt: Prompt, null: Prompt, guidance: float, x: Tenso
 
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1, null: Prompt | None = None,
          guidance: float = 1.) -> Tensor:
-    """The edit: the editor's rollout from eps, exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
+    """The edit: the editor's rollout from eps, unguided exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
     may be `merged`. guidance, for which null is needed (no words, B times): above 1 the words count for more, at twice the cost -> (B, C, H, W)"""
     adapter = merged(model, adapter)
     velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                                 # noqa: E731
@@ -111,7 +111,7 @@ def read_run(folder: pathlib.Path) -> dict:
 
 def own_guidance(instr: str | None) -> float:
     """The guidance of an edit that asks for none. instr: the run's own, or None for many: then it helps most where words are new to the
-    editor (tiny/README.md); an editor of one instruction does not listen to the words, so guidance has nothing to say there"""
+    editor (tiny/README.md). The winter of the README's own run is nearly the same without any words: nothing for guidance to amplify."""
     return 1. if instr else 1.5
 
 

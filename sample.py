@@ -27,8 +27,9 @@ from routing import Velocity, integrate, noise, steady, time_grid
 def guided(model: MMDiT, prompt: Prompt, null: Prompt, guidance: float, x: Tensor | None = None, adapter: Adapter | None = None,
            frames: int = 1) -> Velocity:
     """Classifier-free guidance, v(null) + guidance (v(prompt) - v(null)), of the base or, with x and adapter, of an editor.
-    prompt, null: (context, pooled) -> velocity(y, t)"""
-    both, x = tuple(torch.cat(pair) for pair in zip(null, prompt)), None if x is None else x.repeat(2, 1, 1, 1)
+    prompt, null: (context, pooled), null of as many or of 1 -> velocity(y, t)"""
+    both = tuple(torch.cat((n.expand_as(p), p)) for n, p in zip(null, prompt))
+    x = None if x is None else x.repeat(2, 1, 1, 1)
 
     def velocity(y, t):
         v0, v1 = model(y.repeat(2, 1, 1, 1), t.repeat(2), both, x, adapter, frames).float().chunk(2)
@@ -39,7 +40,7 @@ def guided(model: MMDiT, prompt: Prompt, null: Prompt, guidance: float, x: Tenso
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1, null: Prompt | None = None,
          guidance: float = 1.) -> Tensor:
     """The edit: the editor's rollout from eps, unguided exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
-    may be `merged`. guidance, for which null is needed (no words, B times): above 1 the words count for more, at twice the cost -> (B, C, H, W)"""
+    may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at twice the cost -> (B, C, H, W)"""
     adapter = merged(model, adapter)
     velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                                 # noqa: E731
     if guidance != 1:
@@ -164,6 +165,7 @@ def main():
     # merged once: weights that `edit` merges anew each time are slow to read
     adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
     instr, guidance = o.instr or config["instr"], own_guidance(config["instr"]) if o.guidance is None else o.guidance
+    null = text([""]) if guidance != 1 else None
     if config["instr"] and instr != config["instr"]:
         print(f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that', file=sys.stderr)
     if o.input and not instr:
@@ -175,7 +177,7 @@ def main():
         """images: those of a clip one after another, `frames` for each instruction"""
         x = vae.encode(to_pixels(np.stack(images)).to(device))
         eps = noise(len(instructions), frames, x.shape[1:], config["shared_noise"], generator).flatten(0, 1).to(device)
-        prompt, null = (tuple(a.repeat_interleave(frames, 0) for a in text(words)) for words in (instructions, [""] * len(instructions)))
+        prompt = tuple(a.repeat_interleave(frames, 0) for a in text(instructions))
         with autocast:
             return edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift), frames, null, guidance)
 

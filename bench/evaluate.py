@@ -75,11 +75,10 @@ def measure(scene, kind, value, output, tau=0.):
         read = scenes.judge(wish, output[None], tau, falls)[0]
         return [k for k in scenes.ATTRIBUTES if read[k] != getattr(wish, k)]
     source, truth, wrong = scenes.render(scene, tau), scenes.render(true[0], tau, true[1]), misread(*true)
-    free = not wrong or not misread(*anywhere)
     if kind == "trees":
         others = [scenes.render(change(scene, kind, value, i), tau) for i in range(40 if value[0] else 1)]
         wrong += ["trees"] * (min(map(distance, others)) >= distance(source))
-        free = not wrong
+    free = not wrong or anywhere != true and not misread(*anywhere)
     same = np.abs(source.astype(int) - truth).max(-1) <= 2
     way = "trees" if kind == "trees" else f"{getattr(scene, kind)} to {value}"
     return {"success": not wrong, "success_free": free, "wrong": wrong, "edit": way, "preservation_db": psnr(output, source, same),
@@ -145,8 +144,8 @@ def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1,
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i:i + size])))
         eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)
-        p, u = (q and tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in q) for q in (prompts, null))
-        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames if together else 1, u, guidance))))
+        p = tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
+        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames if together else 1, null, guidance))))
     return np.concatenate(out)
 
 

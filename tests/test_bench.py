@@ -1,4 +1,5 @@
 """The measuring tools measure what they say."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_where_the_moon_stands_is_open_after_sunset():
     scene = scenes.sample_scene(scenes.np.random.default_rng(4), style="plain", weather="clear", time="sunset", clouds=(), disc=(12., 12.))
     night = edits.change(scene, "time", "night")
     for disc, right in (((12., 12.), True), ((50., 9.), False)):            # not everywhere does the strict reading fail
-        read = evaluate.measure(scene, "time", "night", scenes.render(evaluate.dataclasses.replace(night, disc=disc)))
+        read = evaluate.measure(scene, "time", "night", scenes.render(dataclasses.replace(night, disc=disc)))
         assert read["success"] == right and read["success_free"], disc
     for other in (scene, edits.change(night, "house", "red" if scene.house != "red" else "blue"), edits.change(night, "weather", "fog")):
         assert not evaluate.measure(scene, "time", "night", scenes.render(other))["success_free"]

@@ -302,7 +302,7 @@ def instruction(kind: str, value, rng: np.random.Generator, wordings: slice = AN
         word = {"clear": ("clear", "clear weather"), "fog": ("foggy", "foggy weather"),
                 "rain": ("rainy", "rainy weather"), "snowfall": ("snowy", "snowy weather")}[value]
         return say("make it ", "change the weather to ") + pick(word) if rng.random() < .7 or wordings == UNSEEN else \
-            pick({"clear": ("clear the sky",), "fog": ("add fog",), "rain": ("make it rain",), "snowfall": ("add snowfall", "make it snow")}[value])
+            {"clear": "clear the sky", "fog": "add fog", "rain": "make it rain", "snowfall": "add snowfall"}[value]
     if kind == "trees":
         number, word = value
         if number == 0:

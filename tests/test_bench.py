@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 sys.path.insert(0, str(ROOT / "bench"))
 import evaluate  # noqa: E402
 import readme  # noqa: E402
+import speed  # noqa: E402
 from memory import SD3, TEXTS, VAE_CONFIG, Meter, forward_tflop, other_memory, step_memory  # noqa: E402
 
 import edits  # noqa: E402
 import scenes  # noqa: E402
-from model import MMDiT  # noqa: E402
+from model import MMDiT, load_base  # noqa: E402
 
 
 def test_the_memory_meter_counts_what_is_alive_and_what_autograd_keeps():
@@ -30,6 +32,12 @@ def test_the_memory_meter_counts_what_is_alive_and_what_autograd_keeps():
         assert meter.now == 4004
         z.backward()
         assert x.grad is not None and meter.now == 4004     # y is freed, the gradient is there
+
+
+def test_the_price_of_a_step_is_taken_with_the_options_of_today():
+    with mock.patch.dict(speed.RECIPES["tiny"], batch=4, n=2):
+        priced = speed.byg_step(load_base("tiny"), "tiny", 2)
+    assert priced.keys() == {"step", "imitation", "mean", "rollout", "teacher"}
 
 
 def test_checkpointing_saves_memory_and_weights_are_counted_exactly():

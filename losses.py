@@ -69,17 +69,18 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1,
            own_noise: Tensor | None = None) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
-    fresh noise each time, the mean over `draws`. So FlowEdit (arXiv 2412.08629) goes, too. Above t = .9 only the change's mean over
-    the picture is taken: up there the base sees how light a picture is, which night needs, but not where its house stands.
+    fresh noise each time, the mean over `draws`, of which each second has the negative of the noise before it. So FlowEdit (arXiv
+    2412.08629) goes, too. Above t = .9 only the change's mean over the picture is taken: up there the base sees how light a picture is,
+    which night needs, but not where its house stands.
 
     own_noise (B,) bool: where true, one noise all the way and the cue is sure: of what begins at random places the mean is none at all.
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
-    y, first = x, None
+    y, first, eps = x, None, None
     own = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool) if own_noise is None else own_noise[:, None, None, None]
     for t, t_next in zip(ts[:-1], ts[1:]):
         change, times = 0, t.repeat(len(x)).to(x.device)
-        for _ in range(draws):
-            eps = torch.randn(x.shape, generator=generator)
+        for draw in range(draws):
+            eps = -eps if draw % 2 else torch.randn(x.shape, generator=generator)
             first = eps if first is None else first
             x_t = torch.lerp(x, torch.where(own, first, eps).to(x.device), t.to(x.device))
             y_t = y + x_t - x                               # the state of a straight path from eps to y
@@ -101,8 +102,8 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
     pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): noise for the delta cue, fresh, or eps for what begins at random places
     (then the cue is sure, too); k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap; o: options
-    frames (samples that are one clip), states, routing, bootstrap, cue, alpha, guidance, cycle, prior, reverse; known (B, C, H, W):
-    edits to imitate, from `follow`, instead of rollout and teacher.
+    frames (samples that are one clip), states, routing, bootstrap, cue, antithetic (the delta cue is the mean under eps_cue and -eps_cue), alpha,
+    guidance, cycle, prior, reverse; known (B, C, H, W): edits to imitate, from `follow`, instead of rollout and teacher.
     -> loss, dict of figures
     """
     instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
@@ -128,10 +129,11 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     if known is not None:
         change = x - known                                  # of the velocity, from eps - x to eps - known
     elif o.cue == "delta":                                  # the same states under eps_cue: if fresh, the editor cannot know it
-        at_x, at_y = ((z + s * (eps_cue - eps), t) for z in (x_t, y_t))
-        v_src, v_tgt = teacher(model, [(at_x, src, None), (at_y, tgt, w and fade(w, t))], prompts["null"])
-        sure = (eps_cue == eps).flatten(1).all(1)[:, None, None, None].float()
-        change = delta_change(v_src, v_tgt, x, at_x[0], at_y[0], t, sure)
+        sure = (eps_cue == eps).flatten(1).all(1)[:, None, None, None]
+        noises = [eps_cue] + [torch.where(sure, eps, -eps_cue)] * o.antithetic
+        at = [[(z + s * (e - eps), t) for z in (x_t, y_t)] for e in noises]
+        v = iter(teacher(model, [q for at_x, at_y in at for q in ((at_x, src, None), (at_y, tgt, w and fade(w, t)))], prompts["null"]))
+        change = sum(delta_change(next(v), next(v), x, at_x[0], at_y[0], t, sure.float()) for at_x, at_y in at) / len(at)
     else:
         at_y, at_x = (y_t, t), (x_t, t)
         v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(o.reverse)] for p in (src, tgt)], prompts["null"])

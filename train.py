@@ -38,10 +38,11 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "The embedded recipe").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
-                  identity_first=200, identity_share=.15, imitate=0., ema=.999, warmup=100, views=1, states=1, source_rate=1., cue="cosine",
-                  muon=False),
+                  identity_first=200, identity_share=.15, imitate=0., ema=.999, warmup=100, views=1, states=1, source_rate=1.,
+                  weight_decay=1e-2, cue="cosine", antithetic=False, muon=False),
     "tiny": dict(steps=300, batch=16, lr=1e-2, n=8, rank=32, prior=4., reverse=0., cycle=2., identity=2., alpha=.1, guidance=3.,
-                 identity_first=0, identity_share=.25, imitate=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2., cue="delta", muon=True),
+                 identity_first=0, identity_share=.25, imitate=.5, ema=.98, warmup=20, views=8, states=2, source_rate=2.,
+                 weight_decay=1e-2, cue="delta", antithetic=False, muon=True),
 }
 CLIPS = {"paper": dict(steps=750, lr=1e-4, identity_share=.1), "tiny": dict(batch=4, views=1, identity_first=10)}     # what differs for clips
 
@@ -79,16 +80,17 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
             ("imitate", float, "share of the steps, from the first on, that imitate edits made by following the delta cue before training; 0 to 1"),
             ("ema", float, "decay of the averaged adapter"), ("warmup", int, "steps until the full rate"),
             ("states", int, "training states taken from each rollout; batch / states rollouts in a step"),
-            ("source-rate", float, "learning rate of what reads the source, in --lr"),
+            ("source-rate", float, "learning rate of what reads the source, in --lr"), ("weight-decay", float, "of the LoRA, towards the base"),
             ("views", int, "random crops and mirrorings of each picture; 1: the picture alone (words like left need that)")):
         p.add_argument(f"--{name}", type=kind, help=f"{meaning} (from the recipe)")
     p.add_argument("--bootstrap", action=argparse.BooleanOptionalAction, default=True, help="train on the editor's rollouts; no: on noised sources")
     p.add_argument("--fresh-noise", action=argparse.BooleanOptionalAction, default=True, help="the delta cue under other noise than the state's, "
                    "which keeps more; no: under the same, and trusted everywhere, for what begins at random places (snowfall)")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
+    p.add_argument("--antithetic", action=argparse.BooleanOptionalAction, help="the delta cue is the mean under its noise and the negative of it, at "
+                   "twice the cost of the teacher (from the recipe)")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
-    p.add_argument("--weight-decay", type=float, default=1e-2, help="of the LoRA, towards the base")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
     p.add_argument("--size", type=pixels, default=(512, 512), metavar="N|HxW",
                    help="pixels; rounded to whole patches, and shrunk to the area of the base's own pictures where it is larger")
@@ -322,7 +324,7 @@ def main():
     for i in tqdm(todo, "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0 or not todo):
         x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
         with autocast:
-            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own, own_noise=own_noise[i]).cpu()
+            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own, 1 + o.antithetic, own_noise[i]).cpu()
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))

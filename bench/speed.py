@@ -194,7 +194,7 @@ def editing(base, rounds, batch=8):
 def byg_step(base, recipe, rounds):
     """-> a ByG step, and its parts, in units of a supervised step, which is what identity costs where it is drawn"""
     model, _, text, shift = base
-    o = argparse.Namespace(routing="ste", bootstrap=True, frames=1, weight_decay=1e-2, **RECIPES[recipe])
+    o = argparse.Namespace(routing="ste", bootstrap=True, frames=1, **RECIPES[recipe])
     shape, own = (model.channels, model.sample_size, model.sample_size), o.batch // o.states
     x, eps = torch.randn(2, own, *shape).repeat(1, o.states, 1, 1, 1)
     eps_cue, ts = torch.randn_like(x), time_grid(o.n, shift)

@@ -13,8 +13,8 @@ from sample import edit
 from train import Muon
 
 B, C, S = 3, 4, 8
-OPTIONS = argparse.Namespace(frames=1, states=1, bootstrap=True, routing="ste", cue="delta", alpha=.1, guidance=2., cycle=1., prior=1.,
-                             reverse=1.)
+OPTIONS = argparse.Namespace(frames=1, states=1, bootstrap=True, routing="ste", cue="delta", antithetic=False, alpha=.1, guidance=2., cycle=1.,
+                             prior=1., reverse=1.)
 
 
 @pytest.fixture
@@ -251,6 +251,24 @@ def test_the_delta_cue_is_zero_exactly_at_the_wanted_change():
     loss, cos = delta_cue(v_x + change, v_x, change)
     assert loss == 0 and cos > .999
     assert delta_cue(v_x, v_x, change)[0] > .5
+
+
+def test_the_antithetic_cue_is_the_mean_under_a_noise_and_its_negative(world, monkeypatch):
+    model, adapter, x, eps, prompts, k, ts = world
+    asked, seen, fresh = [], [], torch.randn(eps.shape)
+    monkeypatch.setattr(losses, "delta_cue", lambda v, v_x, change: asked.append(change) or delta_cue(v, v_x, change))
+    fresh[0] = eps[0]                                       # begins at random places: its own noise, whatever the others have
+    for eps_cue, both in ((fresh, False), (torch.cat([eps[:1], -fresh[1:]]), False), (fresh, True)):
+        byg_loss(model, adapter, adapter, x, prompts, eps, eps_cue, k, ts, argparse.Namespace(**vars(OPTIONS) | {"antithetic": both}))
+    torch.testing.assert_close(asked[2], (asked[0] + asked[1]) / 2)
+    assert not any(asked[0][i].allclose(asked[1][i], rtol=.1) for i in (1, 2))
+
+    def base(y, t, prompt):
+        seen.append(y[:B])                                  # the sources, noised
+        return torch.zeros_like(y)
+    follow(base, x, prompts, lambda t: torch.ones(len(t), 1, 1, 1), ts, torch.Generator().manual_seed(0), draws=2)
+    for t, one, other in zip(ts, seen[::2], seen[1::2]):
+        torch.testing.assert_close((one + other) / 2, (1 - t) * x)
 
 
 def test_imitation_asks_neither_rollout_nor_teacher_and_wants_the_known_edit(world, monkeypatch):

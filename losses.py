@@ -130,7 +130,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
         change = x - known                                  # of the velocity, from eps - x to eps - known
     elif o.cue == "delta":                                  # the same states under eps_cue: if fresh, the editor cannot know it
         sure = (eps_cue == eps).flatten(1).all(1)[:, None, None, None]
-        noises = [eps_cue] + [torch.where(sure, eps, -eps_cue)] * o.antithetic
+        noises = [eps_cue] + [torch.where(sure, eps, -eps_cue)] * o.antithetic      # what is odd in the noise cancels in the mean
         at = [[(z + s * (e - eps), t) for z in (x_t, y_t)] for e in noises]
         v = iter(teacher(model, [q for at_x, at_y in at for q in ((at_x, src, None), (at_y, tgt, w and fade(w, t)))], prompts["null"]))
         change = sum(delta_change(next(v), next(v), x, at_x[0], at_y[0], t, sure.float()) for at_x, at_y in at) / len(at)

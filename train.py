@@ -87,8 +87,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--fresh-noise", action=argparse.BooleanOptionalAction, default=True, help="the delta cue under other noise than the state's, "
                    "which keeps more; no: under the same, and trusted everywhere, for what begins at random places (snowfall)")
     p.add_argument("--cue", choices=["cosine", "delta", "anchor"], help="how the teacher is followed, losses.py (from the recipe)")
-    p.add_argument("--antithetic", action=argparse.BooleanOptionalAction, help="the delta cue is the mean under its noise and the negative of it, at "
-                   "twice the cost of the teacher (from the recipe)")
+    p.add_argument("--antithetic", action=argparse.BooleanOptionalAction, help="delta cue: the mean under a noise and its negative (from the recipe)")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
     p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")

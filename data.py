@@ -33,8 +33,9 @@ from model import ROOT, UserError, read_json, why
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 VIDEOS = {".mp4": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}        # suffix: what FFmpeg calls it
 LONGEST = 128                                               # frames of a clip that training takes, its first
-BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
+BROKEN = (OSError, ValueError, TypeError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError,
           Image.DecompressionBombWarning)                   # Pillow's complaints
+TURNS = dict(enumerate("FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(), 2))     # EXIF's orientations
 
 # Families of words that exclude each other. member: (how captions say it, first one preferred; how instructions say it)
 FAMILIES = [
@@ -103,7 +104,7 @@ def derive(instr: str, caption: str) -> tuple[str, str] | None:
 def read_jsonl(path: pathlib.Path, fields: Iterable[str]) -> dict[str, dict]:
     """A JSON-lines file as {file_name: line}. Every line needs file_name and `fields`, all strings."""
     rows = {}
-    for n, line in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
+    for n, line in enumerate(path.read_text("utf-8-sig", errors="replace").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -124,15 +125,17 @@ def animated(path: pathlib.Path) -> bool:
     return False
 
 
-def find(folder: str | pathlib.Path, frames: int | None = None) -> tuple[list[pathlib.Path], bool]:
-    """The pictures, or the clips, of a folder and below, sorted, relative to it. -> paths, whether they are clips
+def find(folder: str | pathlib.Path, frames: int | None = None, without: Iterable[str | pathlib.Path] = ()) -> tuple[list[pathlib.Path], bool]:
+    """The pictures, or the clips, of a folder and below (not below those in `without`), sorted, relative to it. -> paths, whether they are clips
 
     Clips are videos, animated pictures and, where frames says that clips are wanted, folders of numbered pictures. With frames = 1 all
     are pictures. Raises UserError where there are none, or both."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --data wants a folder of images or clips", 2)
-    paths = {p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES | VIDEOS.keys() and p.is_file()}
+    without = {pathlib.Path(w).resolve() for w in without} - {folder.resolve()}
+    paths = {p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES | VIDEOS.keys() and p.is_file()
+             and without.isdisjoint(p.resolve().parents)}
     clips = {p for p in paths if p.suffix.lower() in VIDEOS or frames != 1 and animated(folder / p)}
     if (frames or 1) > 1:
         numbered = {p for p in paths - clips if p.stem.isdigit() and p.parent.name}
@@ -193,7 +196,9 @@ def crop(picture: np.ndarray, size: tuple[int, int], zoom: float = 1., at: tuple
 
 def upright(img: Image.Image) -> Image.Image:
     """A PIL image as it is to be seen: EXIF's turn done, transparent on white, 16 bit and float greyscale scaled. -> (h, w, 3) uint8"""
-    img = ImageOps.exif_transpose(img)
+    img.load()
+    if turn := TURNS.get(img.getexif().get(0x112)):         # ImageOps.exif_transpose writes EXIF anew, and stumbles over an odd tag
+        img = img.transpose(Image.Transpose[turn])
     if img.mode.startswith(("I", "F")):
         a = np.asarray(img, np.float32)
         top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1

@@ -112,6 +112,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
     x_t = (1 - s) * x + s * eps
     first = slice(len(x) // o.states)                       # the trajectories; the rest of the batch are more states of the same
     part = lambda p: tuple(a[first] for a in p)
+    reverse = o.reverse if o.cue == "cosine" else 0         # the reverse cue: captions swapped
     w = None if o.guidance == 1 else o.guidance
 
     def own_rollout(a):
@@ -136,7 +137,7 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
         change = sum(delta_change(next(v), next(v), x, at_x[0], at_y[0], t, sure.float()) for at_x, at_y in at) / len(at)
     else:
         at_y, at_x = (y_t, t), (x_t, t)
-        v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(o.reverse)] for p in (src, tgt)], prompts["null"])
+        v_src, v_tgt, *u = teacher(model, [(z, p, w) for z in (at_y, at_x)[:1 + bool(reverse)] for p in (src, tgt)], prompts["null"])
 
     v_fwd = model(y_t, t, instr, x, adapter, o.frames).float()        # forward edit
     y_hat = y_t - s * v_fwd
@@ -149,7 +150,6 @@ def byg_loss(model: MMDiT, adapter: Adapter, average: Adapter, x: Tensor, prompt
         if o.cue == "anchor":                               # the ablation: v_tgt alone, no direction
             prior = F.mse_loss(v_fwd, v_tgt)
     loss, figures = o.prior * prior, {"prior": prior.detach(), "cos": cos}          # Eq. 5
-    reverse = o.reverse if o.cue != "delta" else 0          # the reverse cue: captions swapped
     if not (o.cycle or reverse):
         return loss, figures
 

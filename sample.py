@@ -216,7 +216,7 @@ def main():
     inside = [p for p in source.iterdir() if p.suffix.lower() in data.SUFFIXES | data.VIDEOS.keys()] if length > 1 and source.is_dir() else []
     numbered = bool(inside) and all(p.stem.isdigit() and p.suffix.lower() in data.SUFFIXES and not data.animated(p) for p in inside)  # one clip
     many = source.is_dir() and not numbered
-    paths, clips = data.find(source, length if length > 1 else None) if many else \
+    paths, clips = data.find(source, length if length > 1 or o.frames == 1 else None, [o.output or "edited"]) if many else \
         ([source], numbered or source.suffix.lower() in data.VIDEOS or data.animated(source))
     target, written = pathlib.Path(o.output or ("edited" if source.is_dir() else f"edited{source.suffix if clips else '.png'}")), set()
     if target.resolve() == source.resolve():

@@ -100,10 +100,10 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     o = p.parse_args()
     if o.resume and (pathlib.Path(o.out) / "checkpoint.safetensors").exists():      # the run's own options, but for those given now
         begun = read_run(pathlib.Path(o.out))
-        begun |= {"size": "x".join(map(str, begun["size"])), "held": len(begun["held"])}
+        begun |= {"out": o.out, "size": "x".join(map(str, begun["size"])), "held": len(begun["held"])}
         p.set_defaults(**{k: v if isinstance(v, bool) else str(v) for k, v in begun.items() if k in vars(o) and v is not None})
         o = p.parse_args()
-    paths, clips = data.find(o.data, o.frames)
+    paths, clips = data.find(o.data, o.frames, [pathlib.Path(o.out) / "held", pathlib.Path(o.out) / "samples"])
     o.frames, o.base = o.frames or (8 if clips else 1), choose_base(o.base)
     o.recipe = o.recipe if o.recipe != "auto" else "tiny" if o.base == "tiny" else "paper"
     asked = o.imitate
@@ -112,8 +112,8 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
         if getattr(o, k) <= 0:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
     o.imitate *= o.cue == "delta" and not clips
-    if asked and not o.imitate:
-        p.error("--imitate needs --cue delta and pictures")
+    if asked and not o.imitate or o.antithetic and o.cue != "delta":
+        p.error("--imitate needs --cue delta and pictures, --antithetic needs --cue delta")
     for k in ("imitate", "shared_noise", "identity_share", "weight_decay"):
         if not 0 <= getattr(o, k) <= 1:
             p.error(f"--{k.replace('_', '-')} must lie between 0 and 1, not {getattr(o, k)}")
@@ -129,14 +129,16 @@ def claim(out):
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
-        with contextlib.suppress(ImportError):              # Windows has none
-            import fcntl
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        raise UserError(f"another process is training in {out}; wait for it, or choose another --out", 2)
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error}); choose another --out")
+    try:
+        import fcntl
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {out}; wait for it, or choose another --out", 2)
+    except (ImportError, OSError):                          # Windows and some shared disks have no locks
+        pass
+    return lock
 
 
 def cut_log(file: pathlib.Path, step: int) -> None:
@@ -202,7 +204,7 @@ def set_rate(opt: torch.optim.Optimizer, step: int, o: argparse.Namespace) -> fl
 def restore(path: pathlib.Path, adapter: Adapter, average: Adapter, opt: torch.optim.Optimizer, rng: torch.Generator) -> int:
     """Puts everything back as it was saved. -> the step"""
     state, meta = read_tensors(path)
-    fit = lambda v, like: v.to(like).view_as(like)                              # noqa: E731
+    fit = lambda v, like: v.to(like, copy=True).view_as(like)       # noqa: E731  (copied: Windows writes over no file that is mapped)
     try:
         rng.set_state(state["rng"])
         parts = {key.split(".")[0] for key in state} - {"rng", "now", "avg"}    # of the optimizer; none before its first step
@@ -255,6 +257,12 @@ def main():
     context, pooled = (torch.cat(a) for a in zip(*(map(Tensor.cpu, text(texts[i:i + 64])) for i in range(0, len(texts), 64))))
     index = {s: i for i, s in enumerate(texts)}
     ids = {k: torch.tensor([index[r.get(k, "")] for r in rows]) for k in ("src", "tgt", "instr", "undo", "null")}
+    alike = [r for r in rows if all(a[index[r["src"]]].allclose(a[index[r["tgt"]]], atol=1e-3) for a in (pooled, context))]
+    told = f"{len(alike)} of {len(rows)} target captions read like their source's and teach nothing: long ones are cut; shorten them"
+    if len(alike) == len(rows):
+        raise UserError(told)
+    if alike and RANK == 0:
+        print(f"warning: {told}", file=sys.stderr)
     own_noise = torch.tensor([r.get("own_noise", False) or not o.fresh_noise for r in rows])
     prompt = lambda which: (context[which].to(device), pooled[which].to(device))                    # noqa: E731
     del text, vae.encoder
@@ -262,7 +270,7 @@ def main():
     held = order[:min(o.held, max(1, len(rows) // 8))]
     train_on = order[len(held):] if len(rows) > len(held) else order
 
-    begin = load_adapter(pathlib.Path(o.init) / "adapter.safetensors", model)[0] if o.init else {}
+    begin = load_adapter(pathlib.Path(o.init) / "adapter.safetensors", model)[0] if o.init and not o.resume else {}
     o.rank = max((len(v) for k, v in begin.items() if "lora_A" in k), default=o.rank)
     adapter = {k: begin.get(k, v).requires_grad_() for k, v in new_adapter(model, o.rank, o.frames > 1).items()}
     average, params = {k: v.detach().clone() for k, v in adapter.items()}, list(adapter.values())
@@ -397,7 +405,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        if RANK == 0:
+        if not int(os.environ.get("LOCAL_RANK", RANK)):     # one rank of each machine
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:                               # while pictures are read; in the loop the step is ended and saved

@@ -70,7 +70,7 @@ class Tokenizer:
     def word(self, word: str) -> list[int]:
         """Merges the pair of lowest rank until none is left. str -> list of ids"""
         if word not in self.words:
-            parts = [byte_symbols()[b] for b in word.encode("utf-8")]
+            parts = [byte_symbols()[b] for b in word.encode("utf-8", "replace")]
             parts[-1] += "</w>"
             while len(parts) > 1:
                 rank, i = min((self.rank.get(p, float("inf")), i) for i, p in enumerate(zip(parts, parts[1:])))

@@ -159,6 +159,8 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 150], 2, "--imitate must lie between 0 and 1"),
             (["train.py", "--data", "tiny/examples", *winter, "--imitate", 1, "--cue", "cosine"], 2, "--imitate needs --cue delta"),
             (["train.py", "--data", "tiny/examples", *winter, "--weight-decay", -1], 2, "--weight-decay must lie between 0 and 1"),
+            (["train.py", "--data", "tiny/examples", *winter, "--recipe", "paper", "--antithetic"], 2, "--antithetic needs --cue delta"),
+            (["train.py", "--data", mixed, *winter, "--src", "a house " * 15], 1, "3 of 3 target captions read like their source's"),
             (["sample.py", "--run", tmp_path / "nothing"], 2, "no trained adapter"),
             (["sample.py", "--run", out, "--steps", 0], 2, "--steps must be above 0"),
             (["sample.py", "--run", out, "--guidance", "nan"], 2, "--guidance must be 0 or more"),
@@ -168,8 +170,11 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
         done = call(*args)
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
         assert done.stderr.strip().splitlines()[-1].startswith(args[0])
-    done = call("train.py", "--data", mixed, *winter, "--steps", 1, "--batch", 1, "--states", 1, "--size", "48x80")
+    inside = [*winter[:2], "--base", "tiny", "--out", mixed / "o"]              # its pictures are no data when it goes on
+    done = call("train.py", "--data", mixed, *inside, "--steps", 1, "--batch", 1, "--states", 1, "--size", "48x80")
     assert done.returncode == 0 and "skipped" in done.stderr
-    assert json.loads((tmp_path / "o/config.json").read_text())["size"] == [48, 80]
+    assert json.loads((mixed / "o/config.json").read_text())["size"] == [48, 80]
+    done = call("train.py", "--data", mixed, *inside, "--resume")
+    assert done.returncode == 0 and "4 images" in done.stderr and "begun with" not in done.stderr, done.stderr
     done = call("train.py", "--data", mixed, *winter, "--size", "wide")
     assert done.returncode == 2 and "--size" in done.stderr

@@ -1,9 +1,10 @@
 """Pictures of any kind come in upright and RGB; words become prompts; bad input gets one sentence."""
 import json
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import scenes
@@ -65,6 +66,16 @@ def test_modes_and_exif(tmp_path):
     exif[0x0112] = 3                                                            # upside down
     turned = data.load_image(save(rgb, tmp_path / "a.PNG", exif=exif))
     assert turned[0, 0].tolist() == [0, 0, 255]
+    corners = np.zeros((16, 24, 3), np.uint8)
+    corners[:8, :12], corners[:8, 12:], corners[8:, :12] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for suffix in ("png", "tif", "webp"):
+            path = save(corners, tmp_path / f"{turn}.{suffix}", exif=exif, **{"lossless": True} if suffix == "webp" else {})
+            assert data.load_image(path).tolist() == np.asarray(ImageOps.exif_transpose(Image.open(path))).tolist(), path
+    exif = struct.pack("<6s4sIH HHIHH HHI4s I", b"Exif", b"II*", 8, 2, 0x0112, 3, 1, 6, 0, 0x011a, 2, 3, b"72", 0)      # a resolution in letters
+    assert data.load_image(save(corners, tmp_path / "odd.jpg", exif=exif)).shape == (24, 16, 3)
     grey16 = np.full((8, 8), 32768, np.uint16)
     assert abs(int(data.load_image(save(grey16, tmp_path / "g.png"))[0, 0, 0]) - 128) <= 1
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))

@@ -25,7 +25,7 @@ def fade(guidance: float, t: Tensor) -> Tensor:
 
 
 def delta_change(v_src: Tensor, v_tgt: Tensor, x: Tensor, x_t: Tensor, y_t: Tensor, t: Tensor, sure: Tensor | float = 0.) -> Tensor:
-    """What the text changes, as the difference of two errors: the edit is right when the base errs on it as it errs on the source.
+    """What the text changes. The edit y is right when the base errs on it as on the source: v_tgt - (eps - y) = v_src - (eps - x).
 
     The base's v_src is a blurry mean while the editor sees a sharp source: measured from v_src even the perfect edit is not
     parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise: the base's blur cancels in

@@ -133,7 +133,7 @@ def find(folder: str | pathlib.Path, frames: int | None = None, without: Iterabl
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --data wants a folder of images or clips", 2)
-    without = {pathlib.Path(w).resolve() for w in without} - {folder.resolve()}
+    without = {w for w in (pathlib.Path(w).resolve() for w in without) if folder.resolve() in w.parents}
     paths = {p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES | VIDEOS.keys() and p.is_file()
              and without.isdisjoint(p.resolve().parents)}
     clips = {p for p in paths if p.suffix.lower() in VIDEOS or frames != 1 and animated(folder / p)}
@@ -196,7 +196,7 @@ def crop(picture: np.ndarray, size: tuple[int, int], zoom: float = 1., at: tuple
 
 def upright(img: Image.Image) -> Image.Image:
     """A PIL image as it is to be seen: EXIF's turn done, transparent on white, 16 bit and float greyscale scaled. -> (h, w, 3) uint8"""
-    img.load()
+    img.load()                                              # a TIFF turns itself here
     if turn := TURNS.get(img.getexif().get(0x112)):         # ImageOps.exif_transpose writes EXIF anew, and stumbles over an odd tag
         img = img.transpose(Image.Transpose[turn])
     if img.mode.startswith(("I", "F")):

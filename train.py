@@ -35,6 +35,7 @@ from routing import ROUTES, noise, time_grid
 from sample import edit, read_run, working_size, write_sheets
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+LOCAL = int(os.environ.get("LOCAL_RANK", RANK))             # rank in this machine; its first speaks for all
 # The paper's numbers, and what this repository measured to be better on the embedded base (README, "The embedded recipe").
 RECIPES = {
     "paper": dict(steps=30000, batch=8, lr=3e-4, n=10, rank=64, prior=1., reverse=1., cycle=1., identity=.2, alpha=.1, guidance=1.,
@@ -221,9 +222,8 @@ def restore(path: pathlib.Path, adapter: Adapter, average: Adapter, opt: torch.o
 
 
 def main():
-    silent = int(os.environ.get("LOCAL_RANK", RANK))                            # one rank of a machine speaks for all
-    quiet = contextlib.redirect_stderr(open(os.devnull, "w")) if silent else contextlib.nullcontext()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    quiet = contextlib.redirect_stderr(open(os.devnull, "w")) if LOCAL else contextlib.nullcontext()
+    device = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
     with quiet:
         o, paths = options()
         out = pathlib.Path(o.out)
@@ -405,7 +405,7 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        if not int(os.environ.get("LOCAL_RANK", RANK)):     # one rank of each machine
+        if not LOCAL:
             print(f"train.py: {error}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:                               # while pictures are read; in the loop the step is ended and saved

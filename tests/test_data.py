@@ -1,5 +1,6 @@
 """Pictures of any kind come in upright and RGB; words become prompts; bad input gets one sentence."""
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -108,6 +109,10 @@ def test_captions_and_tuples(tmp_path):
         save(np.zeros((8, 8, 3), np.uint8), tmp_path / name)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "a house in summer"}))
     (tmp_path / "b.txt").write_text("a lake in spring\n", "utf-8-sig")          # as Windows' editor writes it
+    (tmp_path / "out").mkdir()
+    save(np.zeros((8, 8, 3), np.uint8), tmp_path / "out" / "edit.png")
+    assert len(data.find(tmp_path, without=[tmp_path / "out"])[0]) == 3 and len(data.find(tmp_path / "out", without=[tmp_path])[0]) == 1
+    shutil.rmtree(tmp_path / "out")
     rows = data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
     assert [r["src"] for r in rows] == ["a house in summer", "a lake in spring", "a picture"]
     line = {"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"}

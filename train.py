@@ -9,6 +9,7 @@ Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl
 (the card), and checkpoint.safetensors for --resume.
 """
 import argparse
+import collections
 import contextlib
 import hashlib
 import json
@@ -20,15 +21,15 @@ import signal
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 import data
 from data import write, write_tensors
-from frozen.vae import to_images, to_pixels
+from frozen.vae import VAE, to_images, to_pixels
 from losses import byg_loss, fade, follow, identity_loss
 from model import Adapter, UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, noise, time_grid
@@ -91,11 +92,14 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path]]:
     p.add_argument("--antithetic", action=argparse.BooleanOptionalAction, help="delta cue: the mean under a noise and its negative (from the recipe)")
     p.add_argument("--muon", action=argparse.BooleanOptionalAction, help="train with Muon, not AdamW (from the recipe)")
     p.add_argument("--routing", default="ste", choices=ROUTES, help="what the cycle sees (routing.py)")
-    p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step: less memory, same step")
+    p.add_argument("--accumulate", type=int, default=1, help="batches in an optimizer step, for less memory")
     p.add_argument("--size", type=pixels, default=(512, 512), metavar="N|HxW",
                    help="pixels; rounded to whole patches, and shrunk to the area of the base's own pictures where it is larger")
     p.add_argument("--every", type=int, default=100, help="steps between sample sheets and saves")
     p.add_argument("--held", type=int, default=6, help="images kept out of training, for the sample sheets")
+    p.add_argument("--cache", help="folder to keep encoded pictures in, for further runs (default: none)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the blocks: minutes first, then faster steps "
+                   "(default: on a GPU)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on a GPU that computes in it, else fp32")
     o = p.parse_args()
@@ -140,6 +144,23 @@ def claim(out):
     except (ImportError, OSError):                          # Windows and some shared disks have no locks
         pass
     return lock
+
+
+def encode(vae: VAE, views: np.ndarray, device: torch.device, cache: str | None, known: bytes) -> Tensor:
+    """views (V, H, W, 3) uint8 -> latents (V, C, h, w), on the CPU. They are kept in the folder cache under a name made of the pixels and of
+    `known`, a digest of the autoencoder, so none is ever stale; what is damaged there is made anew."""
+    if cache:
+        file = pathlib.Path(cache, hashlib.sha256(known + repr(views.shape).encode() + views.tobytes()).hexdigest() + ".safetensors")
+        with contextlib.suppress(UserError, LookupError):
+            return read_tensors(file)[0]["z"]
+    z = torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)])
+    if cache and RANK == 0:
+        try:
+            write_tensors(file, {"z": z})
+        except UserError:
+            if not file.exists():                           # else another run has just written the same
+                raise
+    return z
 
 
 def cut_log(file: pathlib.Path, step: int) -> None:
@@ -238,10 +259,13 @@ def main():
         amp = {"auto": half, "fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[o.dtype]      # of autocast; None: float32
         model, vae, text, shift = load_base(o.base, device, amp if device.type == "cuda" and amp else torch.float32)
         size = working_size(*o.size, model, vae, min(vae.factor * model.sample_size, math.prod(o.size) ** .5))
+        if o.resume and read_run(out)["size"] == list(o.size):
+            size = o.size                                   # already such a size, and rounded again it might be another
         # Encode everything once; the encoders are not needed after that.
         latents, read, digest, block = [], [], hashlib.sha256(), []
+        known = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in vae.state_dict().values())).digest() if o.cache else b""
         for views, row in data.load_rows(rows, size, o.views, o.seed, o.frames, o.stride):
-            z = torch.cat([vae.encode(to_pixels(views[i:i + 8]).to(device)).cpu() for i in range(0, len(views), 8)])
+            z = encode(vae, views, device, o.cache, known)
             if len(block) < len(z):                         # kept in blocks: small tensors among the encoder's large ones would tear
                 block = z.new_empty(max(64, len(z)), *z.shape[1:])              # the memory to pieces, 300 KiB for each picture
             latents.append(block[:len(z)].copy_(z))
@@ -280,9 +304,14 @@ def main():
     first = restore(out / "checkpoint.safetensors", adapter, average, opt, rng) if o.resume else 0
     if device.type == "cuda":
         model.checkpointing = model.width > 512                                 # large bases: memory before speed
+    if device.type == "cuda" if o.compile is None else o.compile:
         torch._dynamo.config.recompile_limit = 64                               # a block's kinds times adapter none, with and without gradient
-        for block in model.transformer_blocks if has_triton() else ():          # which a GPU before Volta, and Windows, are without
-            block.compile()
+        try:
+            torch.compile(torch.sin)(torch.ones(1, device=device))              # fails for want of Triton, on Windows, say, or of a C compiler
+            for block in model.transformer_blocks:
+                block.compile()
+        except Exception as error:
+            print(f"warning: torch.compile does not work here ({why(error)}); training goes on without", file=sys.stderr)
     if RANK == 0:
         shown = []
         for n, i in enumerate(held.tolist()):               # copied: a run can be moved or published, and --data be gone
@@ -343,13 +372,14 @@ def main():
     log, begun, bad, step = open(os.devnull if RANK else out / "log.jsonl", "a" if o.resume else "w", buffering=1), time.time(), 0, first
     mine = slice(RANK, None, RANKS)                                             # every rank draws the whole batch and takes its share
     for step in bar:
-        rate, figures = set_rate(opt, step, o), {}
+        rate, figures = set_rate(opt, step, o), collections.defaultdict(list)
         times = o.states if step > imitated else 1                             # states of one picture and trajectory
         for _ in range(o.accumulate):
             b = train_on[torch.randint(len(train_on), (o.batch // times,), generator=rng)].repeat(times)
             k = ((torch.rand((), generator=rng) + torch.arange(o.batch) / o.batch) % 1 * o.n).long()    # nodes, evenly spread: t = 1 in, t = 0 out
             with_id = torch.rand((), generator=rng).item() < o.identity_share or step <= o.identity_first
             view = torch.randint(o.views if o.frames == 1 else 2 ** 31, (o.batch,), generator=rng)
+            view = view if o.frames == 1 else view[:o.batch // times].repeat(times)         # one trajectory, one window of the clip
             eps = noise(o.batch // times, o.frames, shape, o.shared_noise, rng).repeat(times, 1, 1, 1, 1)
             eps_cue = torch.where(own_noise[b, None, None, None, None], eps, noise(o.batch, o.frames, shape, o.shared_noise, rng))
             some = lambda i, v: latents[i][v % (len(latents[i]) - o.frames + 1):][:o.frames]
@@ -365,13 +395,14 @@ def main():
                 with autocast:
                     loss = identity_loss(model, merged(model, adapter), other, x_t, t, eps - other, prompts["undo"], o.frames)
                 scaler.scale(o.identity * loss / o.accumulate).backward()
-                figures["identity"] = loss.item()
+                figures["identity"].append(loss.item())
             if step > o.identity_first:
                 known = torch.stack([edits[i] for i in b]).to(device) if step <= imitated else None
                 with autocast:
                     loss, parts = byg_loss(model, merged(model, adapter), merged(model, average), x, prompts, eps, eps_cue, k, ts, o, known)
                 scaler.scale(loss / o.accumulate).backward()
-                figures |= {a: v.item() for a, v in parts.items()}
+                for name, v in parts.items():
+                    figures[name].append(v.item())
         share([p.grad for p in params])
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.).item()
@@ -383,7 +414,7 @@ def main():
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in params], 1 - min(o.ema, step / (step + 10)))
         scaler.update()
         opt.zero_grad()
-        shared = torch.tensor([*figures.values(), len(stop)], device=device)
+        shared = torch.tensor([*(sum(v) / len(v) for v in figures.values()), len(stop)], device=device)
         share([shared])
         figures, halt = dict(zip(figures, shared.tolist())), shared[-1].item()
         bar.set_postfix({a: f"{v:.3f}" for a, v in figures.items()}, refresh=False)

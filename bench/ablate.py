@@ -12,7 +12,6 @@ compared. Writes bench/results/<table>.md and .png; every run is kept in bench/r
 """
 import argparse
 import json
-import math
 import pathlib
 import subprocess
 import sys
@@ -71,8 +70,8 @@ def run(key, flags, seed, o):
 
 
 def table(rows, done, o, command):
-    lines = [f"`{command}`", "", f"\"make it winter\", {o.n} held-out scenes; mean over training seeds (lowest to highest); success with the "
-             "standard error of all scenes together.", "",
+    lines = [f"`{command}`", "", f"\"make it winter\", {o.n} held-out scenes; mean over training seeds (lowest to highest); success with its "
+             "standard error: of the seeds or, where that is larger, of all their edits (the scenes are the same for each).", "",
              "| run | success | preservation | truth | read wrongly | seconds | seeds |" + " the paper |" * (o.table == "ablation"),
              "|---|---|---|---|---|---|---|" + "---|" * (o.table == "ablation")]
     for name, (keys, paper) in rows.items():
@@ -80,10 +79,12 @@ def table(rows, done, o, command):
         if runs:
             cell = lambda key, unit, scale=1: "{:.1f}{u} ({:.1f} to {:.1f})".format(                # noqa: E731
                 *(scale * f([r[key] for r in runs]) for f in (np.mean, min, max)), u=unit)
-            p, wrong = np.mean([r["success"] for r in runs]), {}
+            rates, wrong = [r["success"] for r in runs], {}
+            p, among = np.mean(rates), np.std(rates, ddof=1) if len(runs) > 1 else 0.
+            error = max(among, (p * (1 - p) / o.n) ** .5) / len(runs) ** .5
             for r in runs:
                 wrong |= {k: wrong.get(k, 0) + v for k, v in r["wrong"].items()}
-            lines.append(f"| {name} | {cell('success', ' %', 100)} ± {100 * math.sqrt(p * (1 - p) / o.n / len(runs)):.1f} | "
+            lines.append(f"| {name} | {cell('success', ' %', 100)} ± {100 * error:.1f} | "
                          f"{cell('preservation_db', ' dB')} | {cell('psnr_truth_db', ' dB')} | "
                          f"{', '.join(f'{k} {v}' for k, v in sorted(wrong.items(), key=lambda w: -w[1])) or 'nothing'} | "
                          f"{np.mean([r['seconds'] for r in runs]):.0f} | {len(runs)} |" + f" {paper} |" * (o.table == "ablation"))

@@ -140,7 +140,7 @@ def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1,
     """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all; null: of no words, for guidance
     -> edited images; together: the frames of a clip as a clip, not each as a picture"""
     adapter = merged(model, adapter)
-    out, generator, size = [], torch.Generator().manual_seed(seed), 24 // frames * frames if frames > 1 else 25
+    out, generator, size = [], torch.Generator().manual_seed(seed), max(1, 24 // frames) * frames if frames > 1 else 25
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i:i + size])))
         eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)

@@ -21,12 +21,20 @@ def commands(text):
     return [line.strip() for block in re.findall(r"<!-- runs -->\n((?:    .+\n)+)", text) for line in block.splitlines()]
 
 
+def headings(page):
+    """What a link can name behind its #."""
+    return {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.M)}
+
+
 def broken_links(page):
     """Relative links and pictures of a Markdown page that lead to no file, or to no heading of it."""
-    text = page.read_text("utf-8")
-    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
-    links = [m for m in re.findall(r"\]\(([^)\s]+)\)", text) if not m.startswith("http")]
-    return [m for m in links if (m[1:] not in headings if m.startswith("#") else not (page.parent / m.split("#")[0]).exists())]
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        if not link.startswith("http") and (not target.exists() or heading and heading not in headings(target)):
+            broken.append(link)
+    return broken
 
 
 def main():

@@ -9,9 +9,10 @@ train       forward and backward with LoRA on the same layers, peft's and ours
 sample      text to picture, diffusers' StableDiffusion3Pipeline and sample.py's functions
 load        from a folder to a model ready to run, in a fresh process each: seconds, and peak memory beyond the imports
 edit        editing against sampling from the base without and with guidance, and against an editor that reads the source as more
-            tokens (written here only, for the comparison)
+            tokens (written here only, for the comparison): 16 pictures at once, and one, where what each pass costs whatever its
+            batch (a thousand small calls) hides that guidance is twice the work
 step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts; one of imitation, where the recipe has
-            it, and the mean over a run
+            it, and the mean over a run; with --compile the same steps compiled, and how long that takes
 
 Each ratio is the median over rounds of (theirs / ours) or (ours / theirs), with its quartiles. The last line is one JSON object:
 forward_vs_diffusers and train_vs_diffusers (above 1: we are faster; the worst config), edit_vs_base, edit_vs_guided,
@@ -177,8 +178,8 @@ def concatenating(model, x_t, t, prompt, source):
 
 
 @torch.no_grad()
-def editing(base, rounds, batch=8):
-    """-> cost of an edit in units of sampling from the base without guidance, with guidance, and of an editor by concatenation"""
+def editing(base, rounds, batch):
+    """-> cost of `batch` edits at once in units of sampling from the base without guidance, with guidance, and of an editor by concatenation"""
     model, _, text, shift = base
     x, eps = torch.randn(2, batch, model.channels, model.sample_size, model.sample_size)
     adapter = merged(model, new_adapter(model, 64))         # once, as sample.py does
@@ -187,12 +188,12 @@ def editing(base, rounds, batch=8):
     times = in_turn(rounds, edit=lambda: edit(model, adapter, x, prompt, eps, ts), base=lambda: last(lambda y, t: model(y, t, prompt)),
                     guided=lambda: last(guided(model, prompt, null, 4.5)),
                     tokens=lambda: last(lambda y, t: concatenating(model, y, t, prompt, x)))
-    return {other: show(f"an edit, in units of {what}", ratio(times["edit"], times[other]), times["edit"]) for other, what in (
+    return {other: show(f"{batch} edits at once, in units of {what}", ratio(times["edit"], times[other]), times["edit"]) for other, what in (
         ("base", "sampling from the base"), ("guided", "sampling with guidance"), ("tokens", "an edit by concatenated tokens"))}
 
 
-def byg_step(base, recipe, rounds):
-    """-> a ByG step, and its parts, in units of a supervised step, which is what identity costs where it is drawn"""
+def byg_step(base, recipe, rounds, compiled=False):
+    """-> a ByG step, and its parts, in units of a supervised step, which is what identity costs where it is drawn; how much faster compiled"""
     model, _, text, shift = base
     o = argparse.Namespace(routing="ste", bootstrap=True, frames=1, **RECIPES[recipe])
     shape, own = (model.channels, model.sample_size, model.sample_size), o.batch // o.states
@@ -241,6 +242,19 @@ def byg_step(base, recipe, rounds):
         out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
     for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("teacher", "the frozen base's answers")):
         out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
+    if compiled:
+        torch._dynamo.config.recompile_limit, begun = 64, time.perf_counter()
+        for block in model.transformer_blocks:
+            block.compile()
+        for call in 2 * [supervised, byg, lambda: byg(x)]:
+            call()
+        out["compiling_s"] = round(time.perf_counter() - begun)
+        print(f"compiling: {out['compiling_s']} s, with six steps")
+        eager = torch.compiler.set_stance("force_eager")
+        times = in_turn(rounds, imitation=lambda: byg(x), step=byg, eager_imitation=eager(lambda: byg(x)), eager_step=eager(byg))
+        for name, what in (("imitation", "a step of imitation"), ("step", "a ByG step")):
+            gain = ratio(times[f"eager_{name}"], times[name])
+            out[f"{name}_compiled"] = show(f"{recipe} recipe: {what}, eager in units of compiled", gain, times[name])
     return out
 
 
@@ -248,6 +262,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--threads", type=int, help="default: all cores")
+    p.add_argument("--compile", action="store_true", help="also the compiled step (four minutes)")
     p.add_argument("--bf16", action="store_true", help="also in bf16 (very slow on processors that do not compute in it)")
     o = p.parse_args()
     if o.rounds < 2:
@@ -258,7 +273,8 @@ def main():
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {o.rounds} rounds\n\n"
           "| what | ratio (quartiles) | ours |\n|---|---|---|", flush=True)
     base = load_base("tiny")
-    results = {"step": byg_step(base, "tiny", o.rounds), "paper step": byg_step(base, "paper", o.rounds), "edit": editing(base, o.rounds),
+    results = {"step": byg_step(load_base("tiny"), "tiny", o.rounds, o.compile), "paper step": byg_step(base, "paper", o.rounds),
+               "edit": editing(base, o.rounds, 16), "edit of one": editing(base, o.rounds, 1),
                "sample": sampling(base, o.rounds), "load": loading(o.rounds)}
     peers = {}
     for dtype in (torch.float32, torch.bfloat16)[:1 + o.bf16]:

@@ -68,8 +68,8 @@ def test_operations_are_counted_as_by_hand():
 
 def test_the_readme_leads_somewhere(tmp_path):
     assert readme.broken_links(ROOT / "README.md") == []
-    (tmp_path / "page.md").write_text("# One way\n[a](#one-way) [b](#another) [c](gone.md) [d](https://x.y) [e](page.md#one-way)")
-    assert readme.broken_links(tmp_path / "page.md") == ["#another", "gone.md"]
+    (tmp_path / "page.md").write_text("# One way\n[a](#one-way) [b](#another) [c](gone.md) [d](https://x.y) [e](page.md#one-way) [f](page.md#none)")
+    assert readme.broken_links(tmp_path / "page.md") == ["#another", "gone.md", "page.md#none"]
     lines = readme.commands((ROOT / "README.md").read_text())
     assert any(line.startswith("python train.py") for line in lines) and any(line.startswith("python sample.py") for line in lines)
 

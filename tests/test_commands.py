@@ -25,12 +25,13 @@ def call(*args, cwd=ROOT):
 def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "out"
     done = call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--out", out,
-                "--steps", 4, "--identity-first", 2, "--identity-share", 1, "--batch", 4, "--n", 2, "--views", 2)
+                "--steps", 4, "--identity-first", 2, "--identity-share", 1, "--batch", 4, "--n", 2, "--views", 2, "--cache", out.parent / "latents")
     assert done.returncode == 0, done.stderr
     return out
 
 
 def test_training_leaves_everything(out):
+    assert len(list((out.parent / "latents").iterdir())) == 256
     for name in ("adapter.safetensors", "config.json", "log.jsonl", "README.md", "checkpoint.safetensors",
                  "samples/000000.png", "samples/000004.png"):
         assert (out / name).exists(), name
@@ -171,10 +172,11 @@ def test_bad_input_gets_one_sentence_and_the_right_code(tmp_path, out):
         assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr, (args, done.stderr)
         assert done.stderr.strip().splitlines()[-1].startswith(args[0])
     inside = [*winter[:2], "--base", "tiny", "--out", mixed / "o"]              # its pictures are no data when it goes on
-    done = call("train.py", "--data", mixed, *inside, "--steps", 1, "--batch", 1, "--states", 1, "--size", "48x80")
+    done = call("train.py", "--data", mixed, *inside, "--steps", 1, "--batch", 1, "--states", 1, "--size", "48x144")
     assert done.returncode == 0 and "skipped" in done.stderr
-    assert json.loads((mixed / "o/config.json").read_text())["size"] == [48, 80]
+    assert json.loads((mixed / "o/config.json").read_text())["size"] == [40, 112]
     done = call("train.py", "--data", mixed, *inside, "--resume")
     assert done.returncode == 0 and "4 images" in done.stderr and "begun with" not in done.stderr, done.stderr
+    assert json.loads((mixed / "o/config.json").read_text())["size"] == [40, 112]
     done = call("train.py", "--data", mixed, *winter, "--size", "wide")
     assert done.returncode == 2 and "--size" in done.stderr

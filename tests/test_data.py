@@ -1,15 +1,18 @@
 """Pictures of any kind come in upright and RGB; words become prompts; bad input gets one sentence."""
+import argparse
 import json
 import shutil
 import struct
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 import data
 import scenes
 from model import UserError
+from train import encode
 
 
 @pytest.mark.parametrize("instr, caption, tgt, undo", [
@@ -138,3 +141,22 @@ def test_the_judge_reads_back_what_the_renderer_drew():
     for _ in range(6):
         scene = scenes.sample_scene(rng)
         assert scenes.judge(scene, scenes.render(scene)[None])[0] == {k: getattr(scene, k) for k in scenes.ATTRIBUTES}
+
+
+def test_cached_latents_are_never_stale(tmp_path):
+    """An encoder that counts: asked once for the same pixels, again for others, another shape, another encoder, and where the file is damaged."""
+    asked, vae = [], argparse.Namespace(encode=lambda pixels: asked.append(len(pixels)) or pixels * 2)
+    views = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 3), np.uint8)
+    cached = lambda views, known=b"a": encode(vae, views, torch.device("cpu"), tmp_path / "new" / "latents", known)       # noqa: E731
+    first = cached(views)
+    assert first.equal(cached(views)) and first.equal(encode(vae, views, torch.device("cpu"), None, b"")) and asked == [3, 3]
+    file, = (tmp_path / "new" / "latents").iterdir()
+    for more in (lambda: cached(views + 1), lambda: cached(views.reshape(3, 8, 4, 3)), lambda: cached(views, b"b")):
+        before = len(asked)
+        more(), more()
+        assert len(asked) == before + 1
+    file.write_bytes(file.read_bytes()[:-9])
+    assert first.equal(cached(views)) and len(asked) == 6 and first.equal(cached(views)) and len(asked) == 6
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        encode(vae, views, torch.device("cpu"), tmp_path / "file", b"")

@@ -132,13 +132,17 @@ def out(tmp_path_factory):
 
 
 def test_training_on_clips_resumes_exactly(out, tmp_path):
+    """Besides: both states of a trajectory are of one window of the clip."""
     out, folder = out
     common = ["--data", folder, "--instr", "make it winter", "--base", "tiny", "--out", tmp_path / "b", "--frames", 4, "--steps", 4,
               "--identity-first", 2, "--identity-share", 1, "--n", 2, "--held", 1]
     code = "import sys, signal, os, losses; n = [0]\nimport train; f = train.identity_loss\n" \
-           "def stop(*a):\n    n[0] += 1\n    if n[0] == 3: os.kill(os.getpid(), signal.SIGINT)\n    return f(*a)\n" \
-           "train.identity_loss = stop; sys.argv = sys.argv[1:]; train.main()"
-    assert call("-c", code, "train.py", *common).returncode == 130
+           "def stop(*a):\n    n[0] += 1\n    if n[0] == 3: os.kill(os.getpid(), signal.SIGTERM)\n    return f(*a)\n" \
+           "def paired(model, adapter, average, x, *a):\n    assert x[:len(x) // 2].equal(x[len(x) // 2:])\n" \
+           "    return losses.byg_loss(model, adapter, average, x, *a)\n" \
+           "train.byg_loss = paired; train.identity_loss = stop; sys.argv = sys.argv[1:]; train.main()"
+    halted = call("-c", code, "train.py", *common)
+    assert halted.returncode == 143, halted.stderr
     assert call("train.py", *common, "--resume").returncode == 0
     a, b = load_file(out / "checkpoint.safetensors"), load_file(tmp_path / "b" / "checkpoint.safetensors")
     assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)

@@ -235,7 +235,7 @@ def cmd_flow(args):
                 average[k].lerp_(v, 1 - decay)
         if step % 50 == 0:
             print(f"{step} {(time.time() - start):.0f}s loss {np.mean(losses[-200:]):.4f} lr {lr:.1e}", flush=True)
-        if step % 100 == 0 or (1 - gone) * args.minutes < .05:
+        if step % 100 == 0:
             save({f"now.{k}": v for k, v in both.state_dict().items()} | {f"avg.{k}": v for k, v in average.items()}
                  | {"step": torch.tensor(step)}, state)
     save({f"now.{k}": v for k, v in both.state_dict().items()} | {f"avg.{k}": v for k, v in average.items()}

@@ -1,7 +1,7 @@
 """The embedded world: 64x64 landscapes drawn from an explicit record, so that every edit has an exact truth.
 
     python tiny/scenes.py sheet.png                          # one page that shows the whole world
-    python tiny/scenes.py tiny/examples --n 96 --seed 1      # a folder of unpaired pictures with captions
+    python tiny/scenes.py tiny/examples --n 256 --seed 1     # a folder of unpaired pictures with captions
     python tiny/scenes.py tiny/clips --n 96 --seed 2 --frames 12     # the same of clips, eight frames a second
 
 A `Scene` is attributes (what captions and edits talk about: season, time, weather, house, style) plus geometry
@@ -352,13 +352,12 @@ def main():
     parser.add_argument("--n", type=int, default=96)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--frames", type=int, default=1, help="above 1: of clips (animated WebP)")
-    parser.add_argument("--seasons", default="spring,summer,autumn", help="of the pictures in the folder")
     args = parser.parse_args()
     rng, out = np.random.default_rng(args.seed), pathlib.Path(args.out)
     if out.suffix == ".png":
         return _world(rng).save(out)
     out.mkdir(parents=True, exist_ok=True)
-    seasons, lines = args.seasons.split(","), []
+    seasons, lines = ("spring", "summer", "autumn"), []
     for i in range(args.n):
         scene = sample_scene(rng, season=seasons[i % len(seasons)], style="plain")
         name = f"{i:03d}.{'webp' if args.frames > 1 else 'png'}"

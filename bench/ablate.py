@@ -133,7 +133,7 @@ def main():
         (RESULTS / f"{o.table}.md").write_text(table(rows, done, o, command))
     here = lambda keys: {name: folder(k) for name, k in zip(rows, keys)                         # noqa: E731
                          if k in done and (folder(k) / "samples" / "latest.png").exists()}
-    if blocks := max(map(here, zip(*(keys for keys, _ in rows.values()))), key=len):            # of the seed of which most runs are here
+    if len(blocks := max(map(here, zip(*(keys for keys, _ in rows.values()))), key=len)) == len(rows):     # of a seed of which all runs are here
         picture(blocks).save(RESULTS / f"{o.table}.png")
     print(json.dumps({name: [done[k]["success"] for k in keys] for name, (keys, _) in rows.items()}))
 

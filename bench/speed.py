@@ -262,7 +262,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--threads", type=int, help="default: all cores")
-    p.add_argument("--compile", action="store_true", help="also the compiled step (four minutes)")
+    p.add_argument("--compile", action="store_true", help="also the compiled step (three minutes)")
     p.add_argument("--bf16", action="store_true", help="also in bf16 (very slow on processors that do not compute in it)")
     o = p.parse_args()
     if o.rounds < 2:

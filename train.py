@@ -311,7 +311,8 @@ def main():
             for block in model.transformer_blocks:
                 block.compile()
         except Exception as error:
-            print(f"warning: torch.compile does not work here ({why(error)}); training goes on without", file=sys.stderr)
+            if RANK == 0:
+                print(f"warning: torch.compile does not work here ({why(error)}); training goes on without", file=sys.stderr)
     if RANK == 0:
         shown = []
         for n, i in enumerate(held.tolist()):               # copied: a run can be moved or published, and --data be gone

@@ -249,7 +249,7 @@ def byg_step(base, recipe, rounds, compiled=False):
         for call in 2 * [supervised, byg, lambda: byg(x)]:
             call()
         out["compiling_s"] = round(time.perf_counter() - begun)
-        print(f"compiling: {out['compiling_s']} s, with six steps")
+        print(f"| {recipe} recipe: compiling, with six steps | | {out['compiling_s']} s |", flush=True)
         eager = torch.compiler.set_stance("force_eager")
         times = in_turn(rounds, imitation=lambda: byg(x), step=byg, eager_imitation=eager(lambda: byg(x)), eager_step=eager(byg))
         for name, what in (("imitation", "a step of imitation"), ("step", "a ByG step")):

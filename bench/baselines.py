@@ -26,7 +26,7 @@ from edits import change
 from frozen.vae import to_images, to_pixels
 from model import load_adapter, load_base, merged, new_adapter, read_json
 from routing import integrate, time_grid
-from sample import guided
+from sample import answers, guided
 from train import RECIPES, new_optimizer, set_rate
 
 WORK = pathlib.Path(__file__).resolve().parent / "work" / "baselines"           # pictures of methods that are done
@@ -41,12 +41,12 @@ def from_time(start, steps, shift):
 
 def sdedit(model, x, tgt, null, strength, w, steps, shift, noise):
     eps, ts = torch.randn(x.shape, generator=noise), from_time(strength, steps, shift)
-    *_, y = integrate(guided(model, tgt, null, w), torch.lerp(x, eps, strength), ts)
+    *_, y = integrate(guided(answers(model, tgt, null), w), torch.lerp(x, eps, strength), ts)
     return y
 
 
 def flowedit(model, x, src, tgt, null, start, w_src, w_tgt, steps, shift, noise):
-    v_src, v_tgt, y = guided(model, src, null, w_src), guided(model, tgt, null, w_tgt), x
+    v_src, v_tgt, y = guided(answers(model, src, null), w_src), guided(answers(model, tgt, null), w_tgt), x
     for t, t_next in zip(ts := from_time(start, steps, shift), ts[1:]):
         x_t, times = torch.lerp(x, torch.randn(x.shape, generator=noise), t), t.repeat(len(x))
         y = y + (t_next - t) * (v_tgt(y + x_t - x, times) - v_src(x_t, times))

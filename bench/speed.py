@@ -10,7 +10,7 @@ sample      text to picture, diffusers' StableDiffusion3Pipeline and sample.py's
 load        from a folder to a model ready to run, in a fresh process each: seconds, and peak memory beyond the imports
 edit        editing against sampling from the base without and with guidance, and against an editor that reads the source as more
             tokens (written here only, for the comparison): 16 pictures at once, and one, where what each pass costs whatever its
-            batch (a thousand small calls) hides that guidance is twice the work
+            batch (a thousand small calls) hides that guidance is twice the work; and one of 512 pixels
 step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts; one of imitation, where the recipe has
             it, and the mean over a run; with --compile the same steps compiled, and how long that takes
 
@@ -43,7 +43,7 @@ import losses  # noqa: E402
 from frozen.vae import to_images  # noqa: E402
 from model import MMDiT, load_base, load_part, merged, new_adapter  # noqa: E402
 from routing import integrate, time_grid  # noqa: E402
-from sample import edit, generate, guided  # noqa: E402
+from sample import answers, edit, generate, guided  # noqa: E402
 from train import RECIPES, new_optimizer  # noqa: E402
 
 TINY = ROOT / "tiny" / "checkpoint"
@@ -178,17 +178,19 @@ def concatenating(model, x_t, t, prompt, source):
 
 
 @torch.no_grad()
-def editing(base, rounds, batch):
+def editing(name, model, size, batch, tokens, rounds, n=20):
     """-> cost of `batch` edits at once in units of sampling from the base without guidance, with guidance, and of an editor by concatenation"""
-    model, _, text, shift = base
-    x, eps = torch.randn(2, batch, model.channels, model.sample_size, model.sample_size)
+    x, eps = torch.randn(2, batch, model.channels, size, size)
     adapter = merged(model, new_adapter(model, 64))         # once, as sample.py does
-    prompt, null, ts = text(["make it winter"] * batch), text([""] * batch), time_grid(20, shift)
+    prompt, null = ((torch.randn(batch, tokens, min(2048, model.context_dim)),
+                     torch.randn(batch, model.time_text_embed["text_embedder"]["linear_1"].in_features)) for _ in range(2))
+    ts = time_grid(n, 3.)
     last = lambda velocity: list(integrate(velocity, eps, ts))[-1]              # noqa: E731
     times = in_turn(rounds, edit=lambda: edit(model, adapter, x, prompt, eps, ts), base=lambda: last(lambda y, t: model(y, t, prompt)),
-                    guided=lambda: last(guided(model, prompt, null, 4.5)),
+                    guided=lambda: last(guided(answers(model, prompt, null), 4.5)),
                     tokens=lambda: last(lambda y, t: concatenating(model, y, t, prompt, x)))
-    return {other: show(f"{batch} edits at once, in units of {what}", ratio(times["edit"], times[other]), times["edit"]) for other, what in (
+    name += f": {batch} edits at once" if batch > 1 else ": one edit"
+    return {other: show(f"{name}, in units of {what}", ratio(times["edit"], times[other]), times["edit"]) for other, what in (
         ("base", "sampling from the base"), ("guided", "sampling with guidance"), ("tokens", "an edit by concatenated tokens"))}
 
 
@@ -274,9 +276,12 @@ def main():
           "| what | ratio (quartiles) | ours |\n|---|---|---|", flush=True)
     base = load_base("tiny")
     results = {"step": byg_step(load_base("tiny"), "tiny", o.rounds, o.compile), "paper step": byg_step(base, "paper", o.rounds),
-               "edit": editing(base, o.rounds, 16), "edit of one": editing(base, o.rounds, 1),
+               "edit": editing("embedded base", base[0], base[0].sample_size, 16, 24, o.rounds),
+               "edit of one": editing("embedded base", base[0], base[0].sample_size, 1, 24, o.rounds),
                "sample": sampling(base, o.rounds), "load": loading(o.rounds)}
-    peers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        big = both_models(slices, pathlib.Path(folder), torch.float32)[1]
+    results["edit at size"], peers = editing("4 blocks of SD3.5-medium", big, 64, 1, 77, max(2, o.rounds // 3), 2), {}
     for dtype in (torch.float32, torch.bfloat16)[:1 + o.bf16]:
         bits = str(dtype).removeprefix("torch.")
         peers[f"embedded {bits}"] = against_diffusers(f"embedded base, {bits}", None, 16, 8, 24, dtype, o.rounds)

@@ -176,13 +176,17 @@ def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
             torch.testing.assert_close(v, null + (1 if w is None else w) * (model(y, t, prompts[p]) - null), rtol=1e-4, atol=1e-5)
 
 
-def test_guidance_of_an_edit_is_a_step_beyond_the_one_without_words(world):
+def test_guidance_of_an_edit_goes_beyond_the_words_of_editor_and_base(world):
     model, adapter, x, eps, prompts, _, _ = world
-    one = time_grid(1)                                      # y_0 = eps - v: linear in the velocity
-    said, unsaid = (edit(model, adapter, x, prompts[p], eps, one) for p in ("instr", "null"))
-    guided = edit(model, adapter, x, prompts["instr"], eps, one, null=prompts["null"], guidance=1.5)
-    assert (said - unsaid).abs().max() > .01 and torch.allclose(guided, unsaid + 1.5 * (said - unsaid), atol=1e-5)
-    assert edit(model, adapter, x, prompts["instr"], eps, one, null=prompts["null"]).equal(said)
+    for t, w in ((.7, 3.), (.82, 1.5), (.95, 0.)):          # one step, y = eps - t v: linear in the velocity; w: six times .5, faded
+        ts, at = torch.tensor([t, 0.]), torch.full((len(eps),), t)
+        with torch.no_grad():
+            said, unsaid = (edit(model, adapter, x, prompts[p], eps, ts) for p in ("instr", "null"))
+            base = model(eps, at, prompts["instr"]) - model(eps, at, prompts["null"])
+            both = edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"], guidance=1.5)
+            plain = edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"])
+        assert min((said - unsaid).abs().max(), base.abs().max()) > .01 and plain.equal(said)
+        torch.testing.assert_close(both, unsaid + 1.5 * (said - unsaid) - t * w * base, rtol=0, atol=1e-4)
 
 
 def test_rollout_is_inference_and_keeps_the_exact_state():

@@ -139,8 +139,8 @@ def options():
     p.add_argument("--prompt", help="draw this with the base alone, no editing")
     p.add_argument("--base", help="base to use (default: the run's own)")
     p.add_argument("--steps", type=int, default=20, help="Euler steps (28 is usual with --prompt)")
-    p.add_argument("--guidance", type=float, help="how much the words count; 1: no guidance, a quarter of the cost (default: 4.5 with --prompt, 1 for an "
-                   "editor of one instruction, 1.5 for one of many)")
+    p.add_argument("--guidance", type=float, help="how much the words count; 1: no guidance, a quarter of the cost (default: 4.5 with --prompt, "
+                   "1 for an editor of one instruction, 1.5 for one of many)")
     p.add_argument("--seed", type=int, default=0)
     o = p.parse_args()
     for k in ("steps", "frames"):

@@ -281,7 +281,7 @@ def main():
                "sample": sampling(base, o.rounds), "load": loading(o.rounds)}
     with tempfile.TemporaryDirectory() as folder:
         big = both_models(slices, pathlib.Path(folder), torch.float32)[1]
-    results["edit at size"], peers = editing("4 blocks of SD3.5-medium", big, 64, 1, 77, max(2, o.rounds // 3), 2), {}
+    results["edit at size"], peers = editing("4 blocks of SD3.5-medium", big, 64, 1, 77, max(2, o.rounds // 3), 1), {}
     for dtype in (torch.float32, torch.bfloat16)[:1 + o.bf16]:
         bits = str(dtype).removeprefix("torch.")
         peers[f"embedded {bits}"] = against_diffusers(f"embedded base, {bits}", None, 16, 8, 24, dtype, o.rounds)

@@ -33,10 +33,10 @@ def answers(model: MMDiT, prompt: Prompt, null: Prompt, x: Tensor | None = None,
     return lambda y, t: model(y.repeat(2, 1, 1, 1), t.repeat(2), both, x, adapter, frames).float().chunk(2)
 
 
-def guided(answers: Callable, guidance: float) -> Velocity:
-    """Classifier-free guidance, v(null) + guidance (v(prompt) - v(null))."""
+def guided(both: Callable, guidance: float) -> Velocity:
+    """Classifier-free guidance, v(null) + guidance (v(prompt) - v(null)), of `answers`."""
     def velocity(y, t):
-        v_null, v = answers(y, t)
+        v_null, v = both(y, t)
         return v_null + guidance * (v - v_null)
     return velocity
 
@@ -44,16 +44,17 @@ def guided(answers: Callable, guidance: float) -> Velocity:
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1, null: Prompt | None = None,
          guidance: float = 1.) -> Tensor:
     """The edit: the editor's rollout from eps, unguided exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
-    may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at four times the cost. The editor is
-    guided and, as it knows the words that it was trained with, what they change for the frozen base, which knows more, is added, six
-    times as strongly (measured: tiny/README.md), fading with noise as in training. -> (B, C, H, W)"""
+    may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at four times the cost; below 1 for less. Above
+    1 the frozen base, which knows words that the editor was never trained with, is asked, too: what they change for it is added, six times
+    (guidance - 1), which was measured (tiny/README.md), fading with noise as in training. -> (B, C, H, W)"""
     adapter = merged(model, adapter)
-    velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                                 # noqa: E731
-    if guidance != 1:
+    if guidance == 1:
+        velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                             # noqa: E731
+    else:
         editor, base = guided(answers(model, prompt, null, x, adapter, frames), guidance), answers(model, prompt, null)
 
         def velocity(y, t):
-            v, w = editor(y, t), fade(1 + 6 * (guidance - 1), t) - 1
+            v, w = editor(y, t), fade(1 + 6 * max(guidance - 1, 0), t) - 1      # fewer words are not the opposite words
             if w.any():                                     # not at the first, noisiest times
                 v_null, v_words = base(y, t)
                 v = v + w * (v_words - v_null)

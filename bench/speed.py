@@ -1,6 +1,6 @@
 """How fast it is, beside its peers on the same weights: ratios of times taken in turn, in one process, with equal threads and dtype.
 
-    python bench/speed.py                                   # a quarter of an hour on two cores; --rounds 3 for a first look
+    python bench/speed.py                                   # some twenty minutes on two cores; --rounds 3 for a first look
 
 forward     one forward pass, diffusers' SD3Transformer2DModel and ours. diffusers is fed as its pipeline feeds it, with 256 zero
             vectors for the absent T5; ours folds them into one token. The outputs are compared before the clock starts.

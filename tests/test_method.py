@@ -184,7 +184,8 @@ def test_guidance_of_an_edit_goes_beyond_the_words_of_editor_and_base(world):
             said, unsaid = (edit(model, adapter, x, prompts[p], eps, ts) for p in ("instr", "null"))
             base = model(eps, at, prompts["instr"]) - model(eps, at, prompts["null"])
             both = edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"], guidance=1.5)
-            plain = edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"])
+            plain, silent = (edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"], guidance=g) for g in (1., 0.))
+        assert torch.allclose(silent, unsaid, atol=1e-5)    # without guidance no words, not the opposite of what the base takes them for
         assert min((said - unsaid).abs().max(), base.abs().max()) > .01 and plain.equal(said)
         torch.testing.assert_close(both, unsaid + 1.5 * (said - unsaid) - t * w * base, rtol=0, atol=1e-4)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import data
 from frozen.vae import VAE, to_images, to_pixels
 from losses import fade
-from model import Adapter, MMDiT, Prompt, UserError, choose_base, load_adapter, load_base, merged, read_json
+from model import Adapter, MMDiT, Prompt, UserError, choose_base, fold, load_adapter, load_base, merged, read_json
 from routing import Velocity, integrate, noise, steady, time_grid
 
 
@@ -124,6 +124,12 @@ def read_run(folder: pathlib.Path) -> dict:
     return config
 
 
+def own_steps(model: MMDiT) -> int:
+    """The Euler steps of an edit that asks for none: the paper's 20, but on the embedded base 8, as many as the rollouts in training have:
+    there they are as good (README, "The embedded recipe")."""
+    return 8 if model.width < 512 else 20
+
+
 def own_guidance(instr: str | None) -> float:
     """The guidance of an edit that asks for none. instr: the run's own, or None for many: then it helps most where words are new to the
     editor (tiny/README.md). The winter of the README's own run is nearly the same without any words: nothing for guidance to amplify."""
@@ -139,7 +145,7 @@ def options():
     p.add_argument("--instr", help="the edit (default: the run's own)")
     p.add_argument("--prompt", help="draw this with the base alone, no editing")
     p.add_argument("--base", help="base to use (default: the run's own)")
-    p.add_argument("--steps", type=int, default=20, help="Euler steps (28 is usual with --prompt)")
+    p.add_argument("--steps", type=int, help="Euler steps (default: 20, with --prompt 28, for an editor of the embedded base 8)")
     p.add_argument("--guidance", type=float, help="how much the words count; 1: no guidance, a quarter of the cost (default: 4.5 with --prompt, "
                    "1 for an editor of one instruction, 1.5 for one of many)")
     p.add_argument("--seed", type=int, default=0)
@@ -162,7 +168,7 @@ def main():
         model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
         eps = torch.randn(1, model.channels, model.sample_size, model.sample_size, generator=generator).to(device)
         with autocast:
-            x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps, shift), 4.5 if o.guidance is None else o.guidance)
+            x = generate(model, text([o.prompt]), text([""]), eps, time_grid(o.steps or 28, shift), 4.5 if o.guidance is None else o.guidance)
         data.write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
         return print(f"drawn: {o.output or 'drawn.png'}")
     run = pathlib.Path(o.run or "out")
@@ -176,9 +182,9 @@ def main():
     if o.input and not pathlib.Path(o.input).exists():
         raise UserError(f"--input {o.input}: there is no such file or folder", 2)
     model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
-    # merged once: weights that `edit` merges anew each time are slow to read
-    adapter = merged(model, load_adapter(run / "adapter.safetensors", model)[0])
     instr, guidance = o.instr or config["instr"], own_guidance(config["instr"]) if o.guidance is None else o.guidance
+    adapter = load_adapter(run / "adapter.safetensors", model)[0]
+    adapter = merged(model, adapter) if guidance > 1 else fold(model, adapter)  # once; above 1 the base is asked, too
     null = text([""]) if guidance != 1 else None
     if config["instr"] and instr != config["instr"]:
         print(f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that', file=sys.stderr)
@@ -193,7 +199,7 @@ def main():
         eps = noise(len(instructions), frames, x.shape[1:], config["shared_noise"], generator).flatten(0, 1).to(device)
         prompt = tuple(a.repeat_interleave(frames, 0) for a in text(instructions))
         with autocast:
-            return edit(model, adapter, x, prompt, eps, time_grid(o.steps, shift), frames, null, guidance)
+            return edit(model, adapter, x, prompt, eps, time_grid(o.steps or own_steps(model), shift), frames, null, guidance)
 
     length = o.frames or config["frames"] if config["frames"] > 1 else 1        # an editor of pictures takes a clip frame by frame
     if not o.input:

@@ -33,7 +33,7 @@ from frozen.vae import VAE, to_images, to_pixels
 from losses import byg_loss, fade, follow, identity_loss
 from model import Adapter, UserError, choose_base, key_in_file, load_adapter, load_base, merged, new_adapter, read_tensors, why
 from routing import ROUTES, noise, time_grid
-from sample import edit, read_run, working_size, write_sheets
+from sample import edit, own_steps, read_run, working_size, write_sheets
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
 LOCAL = int(os.environ.get("LOCAL_RANK", RANK))             # rank in this machine; its first speaks for all
@@ -340,9 +340,10 @@ def main():
         """The sample sheet: source, edit, edit undone; warns where the edit is none or has lost the source."""
         x, frames = torch.cat([latents[i][:o.frames] for i in held]).to(device), held.repeat_interleave(o.frames)
         eps = noise(len(held), o.frames, shape, o.shared_noise, torch.Generator().manual_seed(1)).flatten(0, 1).to(device)
+        grid = time_grid(own_steps(model), shift)
         with torch.no_grad(), autocast:
-            y = edit(model, average, x, prompt(ids["instr"][frames]), eps, time_grid(20, shift), o.frames)
-            back = edit(model, average, y, prompt(ids["undo"][frames]), eps, time_grid(20, shift), o.frames)
+            y = edit(model, average, x, prompt(ids["instr"][frames]), eps, grid, o.frames)
+            back = edit(model, average, y, prompt(ids["undo"][frames]), eps, grid, o.frames)
         pictures = [to_images(vae.decode(a)) for a in (x, y, back)]
         sheet = write_sheets(out / "samples" / f"latest.{'webp' if o.frames > 1 else 'png'}", pictures, o.frames)
         for name in [f"{step:06d}.png"] + ["latest.png"] * (o.frames > 1):     # of pictures the latest is written

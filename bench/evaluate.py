@@ -38,7 +38,7 @@ from edits import EDITS, FALLING, NEVER, UNSEEN_STYLE, change, edit_prompts, pro
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import UserError, load_adapter, load_base, merged, read_json  # noqa: E402
 from routing import noise, time_grid  # noqa: E402
-from sample import edit, own_guidance  # noqa: E402
+from sample import edit, own_guidance, own_steps  # noqa: E402
 
 MAIN = ["season", "time", "weather", "house"]
 
@@ -139,13 +139,13 @@ def judge_all(world, kinds, values, output, taus=None):
 def edit_all(model, vae, adapter, images, prompts, shift, steps, seed, frames=1, shared=0., together=True, null=None, guidance=1.):
     """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all; null: of no words, for guidance
     -> edited images; together: the frames of a clip as a clip, not each as a picture"""
-    adapter = merged(model, adapter)
+    adapter, ts = merged(model, adapter), time_grid(steps or own_steps(model), shift)
     out, generator, size = [], torch.Generator().manual_seed(seed), max(1, 24 // frames) * frames if frames > 1 else 25
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i:i + size])))
         eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)
         p = tuple(a[i:i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts)
-        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, time_grid(steps, shift), frames if together else 1, null, guidance))))
+        out.append(to_images(vae.decode(edit(model, adapter, x, p, eps, ts, frames if together else 1, null, guidance))))
     return np.concatenate(out)
 
 
@@ -213,7 +213,7 @@ def main():
     p.add_argument("--instr", help="default: the run's own; without one of either, the general editor's whole examination")
     p.add_argument("--n", type=int, default=200, help="scenes (of each kind of edit)")
     p.add_argument("--seed", type=int, default=1000, help="of the scenes and of the noise")
-    p.add_argument("--steps", type=int, default=20, help="Euler steps of the edit")
+    p.add_argument("--steps", type=int, help="Euler steps of the edit (default: as in sample.py)")
     p.add_argument("--guidance", type=float, help="of the edit, not with --video (default: as in sample.py)")
     p.add_argument("--video", action="store_true", help="the run is an editor of clips: writes video.json and video.png")
     p.add_argument("--image", help="with --video: the run of an image editor to compare with, frame by frame")
@@ -250,7 +250,7 @@ def main():
     rows = [[a[j] for j in shown] for a in (images, output)] + [truth]
     scenes.sheet([row[k:k + 16] for k in range(0, len(shown), 16) for row in rows]).save(out / "evaluate.png")
     command = f"python bench/evaluate.py --run {o.run} --n {o.n} --seed {o.seed}" + f' --instr "{o.instr}"' * bool(o.instr) + \
-        f" --steps {o.steps}" * (o.steps != 20) + f" --guidance {o.guidance}" * (o.guidance is not None) + f" --out {o.out}" * bool(o.out)
+        f" --steps {o.steps}" * (o.steps is not None) + f" --guidance {o.guidance}" * (o.guidance is not None) + f" --out {o.out}" * bool(o.out)
     made = data.origin()
     table = page(figures | ({"season, time, weather, house": overall} if len(groups) > 1 else {}), f"`{command}`") + \
         f"\nMade by commit {made['commit']} on {time.strftime('%Y-%m-%d')}, {made['machine']}.\n"

@@ -41,7 +41,7 @@ from peft import LoraConfig  # noqa: E402
 
 import losses  # noqa: E402
 from frozen.vae import to_images  # noqa: E402
-from model import MMDiT, load_base, load_part, merged, new_adapter  # noqa: E402
+from model import MMDiT, fold, load_base, load_part, merged, new_adapter  # noqa: E402
 from routing import integrate, time_grid  # noqa: E402
 from sample import answers, edit, generate, guided  # noqa: E402
 from train import RECIPES, new_optimizer  # noqa: E402
@@ -181,7 +181,7 @@ def concatenating(model, x_t, t, prompt, source):
 def editing(name, model, size, batch, tokens, rounds, n=20):
     """-> cost of `batch` edits at once in units of sampling from the base without guidance, with guidance, and of an editor by concatenation"""
     x, eps = torch.randn(2, batch, model.channels, size, size)
-    adapter = merged(model, new_adapter(model, 64))         # once, as sample.py does
+    adapter = fold(model, new_adapter(model, 64))           # as sample.py does; an untrained one leaves the base as it was
     prompt, null = ((torch.randn(batch, tokens, min(2048, model.context_dim)),
                      torch.randn(batch, model.time_text_embed["text_embedder"]["linear_1"].in_features)) for _ in range(2))
     ts = time_grid(n, 3.)

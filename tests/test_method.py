@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 import losses
 from losses import byg_loss, cosine_cue, delta_change, delta_cue, fade, follow, identity_loss, teacher
-from model import MMDiT, merged, new_adapter, sincos
+from model import MMDiT, fold, merged, new_adapter, sincos
 from routing import ROUTES, integrate, rollout, route, time_grid
 from sample import edit
 from train import Muon
@@ -152,6 +152,21 @@ def test_the_merged_adapter_is_the_low_rank_detour_and_carries_its_gradient(worl
     torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
     for detour, weight in zip(*grads):
         torch.testing.assert_close(detour, weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, .03)])
+def test_a_folded_adapter_edits_as_the_detour_does(world, dtype, error):
+    model, adapter, x, eps, prompts, k, ts = world
+    adapter, model = {n: v.detach() for n, v in adapter.items()}, model.to(dtype)
+    before, kept = list(model.parameters()), [p.clone() for p in model.parameters()]
+    ask = lambda a: model(eps, ts[k], prompts["instr"], x if a else None, a).float()                # noqa: E731
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        base, detour = ask(None), ask(adapter)
+        left = fold(model, adapter)
+        folded = ask(left)
+    assert left.keys() == {"source_proj.weight", "source_gate.weight"}
+    assert (folded - detour).abs().max() < error * (base - detour).abs().max()
+    assert all(p.equal(old) for p, old in zip(before, kept))                        # replaced, not written to: they may be a mapped file
 
 
 def test_several_states_of_one_rollout_are_the_states_of_single_rollouts(world):

@@ -1,3 +1,4 @@
+import os
 import pathlib
 import sys
 
@@ -5,4 +6,5 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
-torch.set_num_threads(2)
+torch.set_num_threads(1)                                    # pytest.ini: two workers
+os.environ["OMP_NUM_THREADS"] = "1"                         # of the commands that they start, too

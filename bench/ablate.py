@@ -61,7 +61,8 @@ def run(key, flags, seed, o):
     resume = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
     call("train.py", "--data", "tiny/examples", "--instr", "make it winter", "--base", "tiny", "--dtype", "fp32", "--every", 1000, "--seed", seed,
          "--out", out, *flags.split(), *resume)                   # float32: the same on any machine
-    figures = json.loads(call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes, "--steps", 20).strip().splitlines()[-1])
+    judged = call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes, "--steps", 20)             # as the committed rows, all of them
+    figures = json.loads(judged.strip().splitlines()[-1])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     made = json.loads((out / "config.json").read_text())["made"]
     return {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {

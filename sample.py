@@ -45,16 +45,21 @@ def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor,
          guidance: float = 1.) -> Tensor:
     """The edit: the editor's rollout from eps, unguided exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
     may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at four times the cost; below 1 for less. Above
-    1 the frozen base, which knows words that the editor was never trained with, is asked, too: what they change for it is added, six times
-    (guidance - 1), which was measured (tiny/README.md), fading with noise as in training. -> (B, C, H, W)"""
+    1 what they change in the clean picture is bounded, for the excess alone, to a root mean square of .2: night is driven no further into the dark.
+    And the frozen base, which knows words that the editor was never trained with, is asked, too: what they change for it is added, six times
+    (guidance - 1), fading with noise as in training. Both were measured (tiny/README.md). -> (B, C, H, W)"""
     adapter = merged(model, adapter)
     if guidance == 1:
         velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                             # noqa: E731
     else:
-        editor, base = guided(answers(model, prompt, null, x, adapter, frames), guidance), answers(model, prompt, null)
+        editor, base = answers(model, prompt, null, x, adapter, frames), answers(model, prompt, null)
 
         def velocity(y, t):
-            v, w = editor(y, t), fade(1 + 6 * max(guidance - 1, 0), t) - 1      # fewer words are not the opposite words
+            v_null, v = editor(y, t)
+            if guidance < 1:
+                return v_null + guidance * (v - v_null)
+            size = t[:, None, None, None] * (v - v_null).square().mean((1, 2, 3), keepdim=True).sqrt()      # (B, 1, 1, 1)
+            v, w = v + (guidance - 1) * (.2 / size).clamp(max=1) * (v - v_null), fade(1 + 6 * (guidance - 1), t) - 1
             if w.any():                                     # not at the first, noisiest times
                 v_null, v_words = base(y, t)
                 v = v + w * (v_words - v_null)

@@ -193,16 +193,21 @@ def test_the_teacher_is_unaffected_by_the_adapter_and_guided_as_written(world):
 
 def test_guidance_of_an_edit_goes_beyond_the_words_of_editor_and_base(world):
     model, adapter, x, eps, prompts, _, _ = world
+    prompts["null"][0][0], prompts["null"][1][0] = (torch.lerp(i[0], n[0], .1) for i, n in zip(prompts["instr"], prompts["null"]))  # says little
     for t, w in ((.7, 3.), (.82, 1.5), (.95, 0.)):          # one step, y = eps - t v: linear in the velocity; w: six times .5, faded
         ts, at = torch.tensor([t, 0.]), torch.full((len(eps),), t)
         with torch.no_grad():
             said, unsaid = (edit(model, adapter, x, prompts[p], eps, ts) for p in ("instr", "null"))
             base = model(eps, at, prompts["instr"]) - model(eps, at, prompts["null"])
             both = edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"], guidance=1.5)
-            plain, silent = (edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"], guidance=g) for g in (1., 0.))
+            plain, silent, half = (edit(model, adapter, x, prompts["instr"], eps, ts, null=prompts["null"], guidance=g) for g in (1., 0., .5))
         assert torch.allclose(silent, unsaid, atol=1e-5)    # without guidance no words, not the opposite of what the base takes them for
         assert min((said - unsaid).abs().max(), base.abs().max()) > .01 and plain.equal(said)
-        torch.testing.assert_close(both, unsaid + 1.5 * (said - unsaid) - t * w * base, rtol=0, atol=1e-4)
+        torch.testing.assert_close(half, (said + unsaid) / 2, rtol=0, atol=1e-4)
+        beyond = both - said + t * w * base                 # half of what the words change, but no more than .1 in the root mean square
+        size = (said - unsaid).flatten(1).norm(dim=1) / x[0].numel() ** .5
+        assert size.min() < .2 < size.max()                 # the bound is met and not met
+        torch.testing.assert_close(beyond, .5 * (said - unsaid) * (.2 / size).clamp(max=1)[:, None, None, None], rtol=0, atol=1e-4)
 
 
 def test_rollout_is_inference_and_keeps_the_exact_state():

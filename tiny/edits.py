@@ -64,6 +64,7 @@ def main():
     p.add_argument("--n", type=int, default=4000)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--snow", type=float, default=0., help="share of the edits that are snowfall beside those that are so by chance")
+    p.add_argument("--night", type=float, default=0., help="share of the edits that are night after sunset beside those that are so by chance")
     o = p.parse_args()
     rng, out, lines = np.random.default_rng((o.seed, 2)), pathlib.Path(o.out), []
     out.mkdir(parents=True, exist_ok=True)
@@ -74,12 +75,15 @@ def main():
         value = propose(scene, kind, rng)
         if o.snow and rng.random() < o.snow:
             kind, value = "weather", "snowfall" if scene.weather != "snowfall" else None
+        if o.night and rng.random() < o.night:
+            kind, value = "time", "night" if scene.time == "sunset" else None
         if kind == "weather" and value != "snowfall" and rng.random() < .5:
             continue                                        # snowfall is the hardest to learn: twice as often as the other weathers
         if value is not None:
             name = f"{len(lines):05d}.png"
             Image.fromarray(scenes.render(scene)).save(out / name)
-            lines.append(json.dumps({"file_name": name, "own_noise": value in FALLING} | edit_prompts(scene, kind, value, rng, scenes.SEEN)))
+            anywhere = value in FALLING or value == "night" and scene.time == "sunset"      # stars, and the moon, which is not where the sun was
+            lines.append(json.dumps({"file_name": name, "own_noise": anywhere} | edit_prompts(scene, kind, value, rng, scenes.SEEN)))
     (out / "tuples.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -56,10 +56,11 @@ def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor,
 
         def velocity(y, t):
             v_null, v = editor(y, t)
-            if guidance < 1:
-                return v_null + guidance * (v - v_null)
-            size = t[:, None, None, None] * (v - v_null).square().mean((1, 2, 3), keepdim=True).sqrt()      # (B, 1, 1, 1)
-            v, w = v + (guidance - 1) * (.2 / size).clamp(max=1) * (v - v_null), fade(1 + 6 * (guidance - 1), t) - 1
+            change = v - v_null
+            if guidance < 1:                                # and nothing of the base: fewer words are not the opposite words
+                return v_null + guidance * change
+            size = t[:, None, None, None] * change.square().mean((1, 2, 3), keepdim=True).sqrt()        # (B, 1, 1, 1), in the clean picture
+            v, w = v + (guidance - 1) * (.2 / size).clamp(max=1) * change, fade(1 + 6 * (guidance - 1), t) - 1
             if w.any():                                     # not at the first, noisiest times
                 v_null, v_words = base(y, t)
                 v = v + w * (v_words - v_null)

@@ -123,6 +123,9 @@ def test_the_general_editor_never_meets_what_is_kept_back(tmp_path):
     for row in rows:
         a, b = row["src"].split(), row["tgt"].split()
         assert row["src"] != row["tgt"] and len(set(a) ^ set(b)) <= 12, row
-    subprocess.run([sys.executable, "tiny/edits.py", tmp_path / "snow", "--n", "200", "--snow", ".5"], cwd=ROOT, check=True)
-    snow = [json.loads(line) for line in (tmp_path / "snow" / "tuples.jsonl").read_text().splitlines() if "snow" in json.loads(line)["instr"]]
-    assert 90 < len(snow) < 140 and not any("snow" in row["undo"] for row in snow) and all(row["own_noise"] for row in snow)
+    subprocess.run([sys.executable, "tiny/edits.py", tmp_path / "more", "--n", "300", "--snow", ".4", "--night", ".3"], cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "more" / "tuples.jsonl").read_text().splitlines()]
+    snow, night = ([row for row in rows if word in row["instr"]] for word in ("snow", "night"))
+    assert 100 < len(snow) < 210 and not any("snow" in row["undo"] for row in snow) and all(row["own_noise"] for row in snow)
+    sunset = [row for row in night if "sunset" in row["undo"] or "dusk" in row["undo"]]     # the moon is not where the sun was
+    assert 20 < len(sunset) < len(night) and all(row["own_noise"] == (row in sunset) for row in night)

@@ -47,7 +47,7 @@ def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor,
     may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at four times the cost; below 1 for less. Above
     1 what they change in the clean picture is bounded, for the excess alone, to a root mean square of .2: night is driven no further into the dark.
     And the frozen base, which knows words that the editor was never trained with, is asked, too: what they change for it is added, six times
-    (guidance - 1), fading with noise as in training. Both were measured (tiny/README.md). -> (B, C, H, W)"""
+    (guidance - 1), fading with noise as in training. Both were measured on the embedded base (tiny/README.md). -> (B, C, H, W)"""
     adapter = merged(model, adapter)
     if guidance == 1:
         velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                             # noqa: E731

@@ -132,7 +132,7 @@ def read_run(folder: pathlib.Path) -> dict:
 
 def own_steps(model: MMDiT) -> int:
     """The Euler steps of an edit that asks for none: the paper's 20, but on the embedded base 8, as many as the rollouts in training have:
-    there they are as good (README, "The embedded recipe")."""
+    there they are as good (tiny/NOTES.md)."""
     return 8 if model.width < 512 else 20
 
 

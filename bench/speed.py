@@ -40,6 +40,7 @@ from memory import BASES  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 import losses  # noqa: E402
+from data import write  # noqa: E402
 from frozen.vae import to_images  # noqa: E402
 from model import MMDiT, fold, load_base, load_part, merged, new_adapter  # noqa: E402
 from routing import integrate, time_grid  # noqa: E402
@@ -47,6 +48,7 @@ from sample import answers, edit, generate, guided  # noqa: E402
 from train import RECIPES, new_optimizer  # noqa: E402
 
 TINY = ROOT / "tiny" / "checkpoint"
+ROWS = ["| what | ratio (quartiles) | ours |", "|---|---|---|"]
 LORA = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
 
 
@@ -72,8 +74,11 @@ def ratio(above, below):
 
 
 def show(name, r, seconds):
+    """Prints a row of the table and keeps it for speed.md."""
     low, high = r["quartiles"]
-    print(f"| {name} | {r['ratio']:.2f} ({low:.2f} to {high:.2f}) | {1000 * statistics.median(seconds):.0f} ms |", flush=True)
+    row = f"| {name} | {r['ratio']:.2f} ({low:.2f} to {high:.2f}) | {1000 * statistics.median(seconds):.0f} ms |"
+    print(row, flush=True)
+    ROWS.append(row)
     return r
 
 
@@ -149,8 +154,8 @@ def loading(rounds):
                 measured[name].append([float(v) for v in line[-2:]])
     seconds, memory = ({n: [m[i] for m in ms] for n, ms in measured.items()} for i in (0, 1))
     mib = {n: round(statistics.median(v), 1) for n, v in memory.items()}
-    print(f"loading the embedded base: peak memory beyond the imports {mib['ours']} MiB, diffusers {mib['theirs']} MiB")
-    return {"seconds": show("loading the embedded base", ratio(seconds["theirs"], seconds["ours"]), seconds["ours"]), "peak_mib": mib}
+    name = f"loading the embedded base; peak memory beyond the imports {mib['ours']} MiB, diffusers {mib['theirs']} MiB"
+    return {"seconds": show(name, ratio(seconds["theirs"], seconds["ours"]), seconds["ours"]), "peak_mib": mib}
 
 
 @torch.no_grad()
@@ -260,6 +265,14 @@ def byg_step(base, recipe, rounds, compiled=False):
     return out
 
 
+def processor():
+    """The processor's name and whether it has AVX-512, where the system tells."""
+    with contextlib.suppress(OSError, IndexError):
+        info = pathlib.Path("/proc/cpuinfo").read_text()
+        return info.split("model name\t: ")[1].split("\n")[0] + (", AVX-512" if " avx512f" in info else "")
+    return platform.machine()
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--rounds", type=int, default=9)
@@ -272,8 +285,8 @@ def main():
     torch.set_num_threads(o.threads or torch.get_num_threads())
     torch.manual_seed(0)
     slices = BASES["sd3.5-medium"] | {"num_layers": 4, "dual_attention_layers": (0, 1, 2, 3)}
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {o.rounds} rounds\n\n"
-          "| what | ratio (quartiles) | ours |\n|---|---|---|", flush=True)
+    told = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {o.rounds} rounds"
+    print("\n".join([told, "", *ROWS]), flush=True)
     base = load_base("tiny")
     results = {"step": byg_step(load_base("tiny"), "tiny", o.rounds, o.compile), "paper step": byg_step(base, "paper", o.rounds),
                "edit": editing("embedded base", base[0], base[0].sample_size, 16, 24, o.rounds),
@@ -287,6 +300,8 @@ def main():
         peers[f"embedded {bits}"] = against_diffusers(f"embedded base, {bits}", None, 16, 8, 24, dtype, o.rounds)
         peers[f"slice {bits}"] = against_diffusers(f"4 blocks of SD3.5-medium, {bits}", slices, 64, 1, 77, dtype, max(2, o.rounds // 3))
     worst = lambda what: min(r[what]["ratio"] for r in peers.values())          # noqa: E731
+    command = " ".join(["python bench/speed.py", *sys.argv[1:]])
+    write(ROOT / "bench" / "results" / "speed.md", "\n".join([f"`{command}` ({told})", "", *ROWS]) + "\n")
     print(json.dumps({"forward_vs_diffusers": worst("forward"), "train_vs_diffusers": worst("train"),
                       "edit_vs_base": results["edit"]["base"]["ratio"], "edit_vs_guided": results["edit"]["guided"]["ratio"],
                       "byg_step_vs_supervised": results["step"]["step"]["ratio"], "mean_step_vs_supervised": results["step"]["mean"]["ratio"],

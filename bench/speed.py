@@ -48,6 +48,7 @@ from sample import answers, edit, generate, guided  # noqa: E402
 from train import RECIPES, new_optimizer  # noqa: E402
 
 TINY = ROOT / "tiny" / "checkpoint"
+READ = "*In units of*: our time over the other's, a cost. All else: the time of diffusers (with peft, where it goes backward) over ours, a gain."
 ROWS = ["| what | ratio (quartiles) | ours |", "|---|---|---|"]
 LORA = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
 
@@ -247,7 +248,7 @@ def byg_step(base, recipe, rounds, compiled=False):
         seconds = [a + b for a, b in zip(times[name], identity)]
         what = {"step": "a ByG step", "imitation": "a step of imitation", "mean": "the mean step of a run"}[name]
         out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
-    for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} states from each"), ("teacher", "the frozen base's answers")):
+    for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} of the batch from each"), ("teacher", "the frozen base's answers")):
         out[part] = show(f"{recipe} recipe: its {part}: {why}", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
     if compiled:
         torch._dynamo.config.recompile_limit, begun = 64, time.perf_counter()
@@ -301,7 +302,7 @@ def main():
         peers[f"slice {bits}"] = against_diffusers(f"4 blocks of SD3.5-medium, {bits}", slices, 64, 1, 77, dtype, max(2, o.rounds // 3))
     worst = lambda what: min(r[what]["ratio"] for r in peers.values())          # noqa: E731
     command = " ".join(["python bench/speed.py", *sys.argv[1:]])
-    write(ROOT / "bench" / "results" / "speed.md", "\n".join([f"`{command}` ({told})", "", *ROWS]) + "\n")
+    write(ROOT / "bench" / "results" / "speed.md", "\n".join([f"`{command}` ({told})", "", READ, "", *ROWS]) + "\n")
     print(json.dumps({"forward_vs_diffusers": worst("forward"), "train_vs_diffusers": worst("train"),
                       "edit_vs_base": results["edit"]["base"]["ratio"], "edit_vs_guided": results["edit"]["guided"]["ratio"],
                       "byg_step_vs_supervised": results["step"]["step"]["ratio"], "mean_step_vs_supervised": results["step"]["mean"]["ratio"],

@@ -44,7 +44,7 @@ def guided(both: Callable, guidance: float) -> Velocity:
 def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor, ts: Tensor, frames: int = 1, null: Prompt | None = None,
          guidance: float = 1.) -> Tensor:
     """The edit: the editor's rollout from eps, unguided exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
-    may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at 3 to 4 times the cost; below 1 for less. Above
+    may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at four times the cost; below 1 for less. Above
     1 what they change in the clean picture is bounded, for the excess alone, to a root mean square of .2: night is driven no further into the dark.
     And the frozen base, which knows words that the editor was never trained with, is asked, too: what they change for it is added, six times
     (guidance - 1), fading with noise as in training. Both were measured on the embedded base (tiny/README.md). -> (B, C, H, W)"""

@@ -249,7 +249,8 @@ def byg_step(base, recipe, rounds, compiled=False):
         what = {"step": "a ByG step", "imitation": "a step of imitation", "mean": "the mean step of a run"}[name]
         out[name] = show(f"{recipe} recipe: {what}, in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
     for part, why in (("rollout", f"{o.n} forwards of a trajectory, {o.states} of the batch from each"), ("teacher", "the frozen base's answers")):
-        out[part] = show(f"{recipe} recipe: its {part} ({why}), in units of a supervised step", ratio(spent[part][1:], times["supervised"]), spent[part][1:])
+        seconds = spent[part][1:]
+        out[part] = show(f"{recipe} recipe: its {part} ({why}), in units of a supervised step", ratio(seconds, times["supervised"]), seconds)
     if compiled:
         torch._dynamo.config.recompile_limit, begun = 64, time.perf_counter()
         for block in model.transformer_blocks:

@@ -51,14 +51,14 @@ def edit(model: MMDiT, adapter: Adapter, x: Tensor, prompt: Prompt, eps: Tensor,
     adapter = merged(model, adapter)
     if guidance == 1:
         velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)                             # noqa: E731
+    elif guidance < 1:                                      # and nothing of the base: fewer words are not the opposite words
+        velocity = guided(answers(model, prompt, null, x, adapter, frames), guidance)
     else:
         editor, base = answers(model, prompt, null, x, adapter, frames), answers(model, prompt, null)
 
         def velocity(y, t):
             v_null, v = editor(y, t)
             change = v - v_null
-            if guidance < 1:                                # and nothing of the base: fewer words are not the opposite words
-                return v_null + guidance * change
             size = t[:, None, None, None] * change.square().mean((1, 2, 3), keepdim=True).sqrt()        # (B, 1, 1, 1), in the clean picture
             v, w = v + (guidance - 1) * (.2 / size).clamp(max=1) * change, fade(1 + 6 * (guidance - 1), t) - 1
             if w.any():                                     # not at the first, noisiest times

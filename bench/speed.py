@@ -14,9 +14,9 @@ edit        editing against sampling from the base without and with guidance, an
 step        one step of ByG in units of a supervised step of the same adapter and batch, and its parts; one of imitation, where the recipe has
             it, and the mean over a run; with --compile the same steps compiled, and how long that takes
 
-Each ratio is the median over rounds of (theirs / ours) or (ours / theirs), with its quartiles. The last line is one JSON object:
-forward_vs_diffusers and train_vs_diffusers (above 1: we are faster; the worst config), edit_vs_base, edit_vs_guided,
-byg_step_vs_supervised and mean_step_vs_supervised (costs).
+Each ratio is the median over rounds of (theirs / ours) or (ours / theirs), with its quartiles. Writes bench/results/speed.md;
+the last line is one JSON object: forward_vs_diffusers and train_vs_diffusers (above 1: we are faster; the worst config), edit_vs_base,
+edit_vs_guided, byg_step_vs_supervised and mean_step_vs_supervised (costs).
 """
 import argparse
 import contextlib
@@ -40,7 +40,7 @@ from memory import BASES  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 import losses  # noqa: E402
-from data import write  # noqa: E402
+from data import origin, write  # noqa: E402
 from frozen.vae import to_images  # noqa: E402
 from model import MMDiT, fold, load_base, load_part, merged, new_adapter  # noqa: E402
 from routing import integrate, time_grid  # noqa: E402
@@ -48,7 +48,7 @@ from sample import answers, edit, generate, guided  # noqa: E402
 from train import RECIPES, new_optimizer  # noqa: E402
 
 TINY = ROOT / "tiny" / "checkpoint"
-READ = "*In units of*: our time over the other's, a cost. All else: the time of diffusers (with peft, where it goes backward) over ours, a gain."
+READ = "*A, in units of B*: the time of A over that of B. All else: the time of diffusers (with peft, where it goes backward) over ours, a gain."
 ROWS = ["| what | ratio (quartiles) | ours |", "|---|---|---|"]
 LORA = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "net.0.proj", "net.2"]
 
@@ -287,6 +287,7 @@ def main():
     torch.set_num_threads(o.threads or torch.get_num_threads())
     torch.manual_seed(0)
     slices = BASES["sd3.5-medium"] | {"num_layers": 4, "dual_attention_layers": (0, 1, 2, 3)}
+    made = origin()                                         # before anything is written: the commit that is measured
     told = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {o.rounds} rounds"
     print("\n".join([told, "", *ROWS]), flush=True)
     base = load_base("tiny")
@@ -302,8 +303,8 @@ def main():
         peers[f"embedded {bits}"] = against_diffusers(f"embedded base, {bits}", None, 16, 8, 24, dtype, o.rounds)
         peers[f"slice {bits}"] = against_diffusers(f"4 blocks of SD3.5-medium, {bits}", slices, 64, 1, 77, dtype, max(2, o.rounds // 3))
     worst = lambda what: min(r[what]["ratio"] for r in peers.values())          # noqa: E731
-    command = " ".join(["python bench/speed.py", *sys.argv[1:]])
-    write(ROOT / "bench" / "results" / "speed.md", "\n".join([f"`{command}` ({told})", "", READ, "", *ROWS]) + "\n")
+    head = f"`{made['command']}` ({told}; commit {made['commit']})"
+    write(ROOT / "bench" / "results" / "speed.md", "\n".join([head, "", READ, "", *ROWS]) + "\n")
     print(json.dumps({"forward_vs_diffusers": worst("forward"), "train_vs_diffusers": worst("train"),
                       "edit_vs_base": results["edit"]["base"]["ratio"], "edit_vs_guided": results["edit"]["guided"]["ratio"],
                       "byg_step_vs_supervised": results["step"]["step"]["ratio"], "mean_step_vs_supervised": results["step"]["mean"]["ratio"],

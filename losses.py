@@ -66,26 +66,27 @@ def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
 
 
 @torch.no_grad()
-def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 1,
+def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callable, ts: Tensor, generator: torch.Generator, draws: int = 2,
            own_noise: Tensor | None = None) -> Tensor:
     """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
     fresh noise each time, the mean over `draws`, of which each second has the negative of the noise before it. So FlowEdit (arXiv
-    2412.08629) goes, too. Above t = .9 only the change's mean over the picture is taken: up there the base sees how light a picture is,
-    which night needs, but not where its house stands.
+    2412.08629) goes, too. Above t = .9 only the change's mean over the picture is taken, of one draw: up there the base sees how light a
+    picture is, which night needs, but not where its house stands.
 
     own_noise (B,) bool: where true, one noise all the way and the cue is sure: of what begins at random places the mean is none at all.
     x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
     y, first, eps = x, None, None
     own = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool) if own_noise is None else own_noise[:, None, None, None]
     for t, t_next in zip(ts[:-1], ts[1:]):
-        change, times = 0, t.repeat(len(x)).to(x.device)
-        for draw in range(draws):
+        changes, times = [], t.repeat(len(x)).to(x.device)
+        for draw in range(1 if t > .9 else draws):
             eps = -eps if draw % 2 else torch.randn(x.shape, generator=generator)
             first = eps if first is None else first
             x_t = torch.lerp(x, torch.where(own, first, eps).to(x.device), t.to(x.device))
             y_t = y + x_t - x                               # the state of a straight path from eps to y
             v_src, v_tgt = teacher(model, [((x_t, times), prompts["src"], None), ((y_t, times), prompts["tgt"], guidance(times))], prompts["null"])
-            change = change + delta_change(v_src, v_tgt, x, x_t, y_t, times, own.to(x)) / draws
+            changes.append(delta_change(v_src, v_tgt, x, x_t, y_t, times, own.to(x)))
+        change = sum(changes) / len(changes)
         y = y - (t - t_next) * (change.mean((2, 3), keepdim=True) if t > .9 else change)
     return y
 

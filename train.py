@@ -362,7 +362,7 @@ def main():
     for i in tqdm(todo, "following the cue", file=sys.stderr, unit="batch", disable=RANK > 0 or not todo):
         x, prompts = torch.stack([latents[j][0] for j in i]).to(device), {name: prompt(which[i]) for name, which in ids.items()}
         with autocast:
-            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own, 1 + o.antithetic, own_noise[i]).cpu()
+            edits += follow(model, x, prompts, lambda t: fade(o.guidance, t), ts, own, own_noise=own_noise[i]).cpu()
     stop = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))

@@ -79,7 +79,7 @@ def follow(model: MMDiT, x: Tensor, prompts: dict[str, Prompt], guidance: Callab
     own = torch.zeros(len(x), 1, 1, 1, dtype=torch.bool) if own_noise is None else own_noise[:, None, None, None]
     for t, t_next in zip(ts[:-1], ts[1:]):
         changes, times = [], t.repeat(len(x)).to(x.device)
-        for draw in range(1 if t > .9 else draws):
+        for draw in range(1 if t > .9 or own.all() else draws):                 # under one noise every draw is the same
             eps = -eps if draw % 2 else torch.randn(x.shape, generator=generator)
             first = eps if first is None else first
             x_t = torch.lerp(x, torch.where(own, first, eps).to(x.device), t.to(x.device))

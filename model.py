@@ -11,43 +11,32 @@
 - The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical and stay identical through all
   layers, so one token stands for them, with log 256 added to its attention logit: the same numbers, 255 tokens fewer.
 """
-import contextlib
-import json
+
 import math
-import pathlib
-import re
-import sys
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from frozen.text import CLIPText, Text, Tokenizer
-from frozen.vae import VAE
-
-Adapter = dict[str, Tensor]                         # new_adapter says what is in it
-Prompt = tuple[Tensor, Tensor]                      # context (B, L, D_text), pooled (B, P)
-ROOT = pathlib.Path(__file__).resolve().parent
-T5_ZEROS = 256                                      # diffusers' default max_sequence_length
-NAMED = {                                           # bases one can ask for by a short name
-    "tiny": str(ROOT / "tiny" / "checkpoint"),
-    "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
-    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
-    "bokeh": "tensorart/bokeh_3.5_medium",
-}
+Adapter = dict[str, Tensor]  # new_adapter says what is in it
+Prompt = tuple[Tensor, Tensor]  # context (B, L, D_text), pooled (B, P)
+T5_ZEROS = 256  # diffusers' default max_sequence_length
 
 
 class Linear(nn.Linear):
     """A linear layer that adds the low-rank path B A x where an adapter is given, or takes the weight W + B A that `merged` made."""
-    name = ""                                       # within the block; set by MMDiT
+
+    name = ""  # within the block; set by MMDiT
 
     def forward(self, x: Tensor, adapter: Adapter) -> Tensor:
         y = F.linear(x, adapter.get(self.name + ".weight", self.weight), self.bias)
         down = adapter.get(self.name + ".lora_A.weight")
-        return y if down is None else y + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
+        return (
+            y
+            if down is None
+            else y + F.linear(F.linear(x, down), adapter[self.name + ".lora_B.weight"])
+        )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -69,7 +58,9 @@ class Modulation(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, d: int):
         super().__init__()
-        self.net = nn.ModuleList([nn.ModuleDict({"proj": Linear(d, 4 * d)}), nn.Identity(), Linear(4 * d, d)])
+        self.net = nn.ModuleList(
+            [nn.ModuleDict({"proj": Linear(d, 4 * d)}), nn.Identity(), Linear(4 * d, d)]
+        )
 
     def forward(self, x: Tensor, adapter: Adapter) -> Tensor:
         return self.net[2](F.gelu(self.net[0]["proj"](x, adapter), approximate="tanh"), adapter)
@@ -78,28 +69,41 @@ class FeedForward(nn.Module):
 class Attention(nn.Module):
     """Joint attention of image and text tokens, or of image tokens alone (context=None)."""
 
-    def __init__(self, d: int, heads: int, qk_norm: str | None, joint: bool = True, last: bool = False):
+    def __init__(
+        self, d: int, heads: int, qk_norm: str | None, joint: bool = True, last: bool = False
+    ):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = Linear(d, d), Linear(d, d), Linear(d, d), nn.ModuleList([Linear(d, d)])
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(d, d),
+            Linear(d, d),
+            Linear(d, d),
+            nn.ModuleList([Linear(d, d)]),
+        )
         if joint:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = Linear(d, d), Linear(d, d), Linear(d, d)
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (
+                Linear(d, d),
+                Linear(d, d),
+                Linear(d, d),
+            )
             if not last:
                 self.to_add_out = Linear(d, d)
         for name in ("norm_q", "norm_k") + ("norm_added_q", "norm_added_k") * joint:
             setattr(self, name, nn.RMSNorm(d // heads, eps=1e-6) if qk_norm else nn.Identity())
 
-    def forward(self, x: Tensor, context: Tensor | None, bias: Tensor | None, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
-        split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # noqa: E731  (B, N, D) -> (B, H, N, D/H)
+    def forward(
+        self, x: Tensor, context: Tensor | None, bias: Tensor | None, adapter: Adapter
+    ) -> tuple[Tensor, Tensor | None]:
+        split = lambda h: h.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # noqa: E731  (B, N, D) -> (B, H, N, D/H)
         q, k = self.norm_q(split(self.to_q(x, adapter))), self.norm_k(split(self.to_k(x, adapter)))
         v = split(self.to_v(x, adapter))
-        if context is not None:                                                 # image tokens first, then text
+        if context is not None:  # image tokens first, then text
             q = torch.cat([q, self.norm_added_q(split(self.add_q_proj(context, adapter)))], 2)
             k = torch.cat([k, self.norm_added_k(split(self.add_k_proj(context, adapter)))], 2)
             v = torch.cat([v, split(self.add_v_proj(context, adapter))], 2)
             bias = bias.to(q.dtype)
         h = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=bias)
-        h = h.transpose(1, 2).flatten(2)                                        # (B, N + L, D)
+        h = h.transpose(1, 2).flatten(2)  # (B, N + L, D)
         n = x.shape[1]
         text = self.to_add_out(h[:, n:], adapter) if hasattr(self, "to_add_out") else None
         return self.to_out[0](h[:, :n], adapter), text
@@ -109,32 +113,45 @@ class Block(nn.Module):
     def __init__(self, d: int, heads: int, qk_norm: str | None, dual: bool, last: bool):
         super().__init__()
         self.dual, self.last = dual, last
-        self.norm1, self.norm1_context = Modulation(d, 9 if dual else 6), Modulation(d, 2 if last else 6)
+        self.norm1, self.norm1_context = (
+            Modulation(d, 9 if dual else 6),
+            Modulation(d, 2 if last else 6),
+        )
         self.attn, self.ff = Attention(d, heads, qk_norm, last=last), FeedForward(d)
         if dual:
             self.attn2 = Attention(d, heads, qk_norm, joint=False)
         if not last:
             self.ff_context = FeedForward(d)
 
-    def forward(self, x: Tensor, context: Tensor, temb: Tensor, bias: Tensor, adapter: Adapter, frames: int) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, context: Tensor, temb: Tensor, bias: Tensor, adapter: Adapter, frames: int
+    ) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D) image tokens, context (B, L, D) text tokens -> both, changed; context is None after the last."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(temb)
         if self.last:
-            c_scale, c_shift = self.norm1_context(temb)                         # the last block's order, as published
+            c_scale, c_shift = self.norm1_context(temb)  # the last block's order, as published
         else:
             c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = self.norm1_context(temb)
-        h, text = self.attn(modulate(x, shift, scale), modulate(context, c_shift, c_scale), bias, adapter)
-        if self.dual:                                                           # reads the same x, before attention
+        h, text = self.attn(
+            modulate(x, shift, scale), modulate(context, c_shift, c_scale), bias, adapter
+        )
+        if self.dual:  # reads the same x, before attention
             shift2, scale2, gate2 = second
             h2, _ = self.attn2(modulate(x, shift2, scale2), None, None, adapter)
             x = x + gate[:, None] * h + gate2[:, None] * h2
         else:
             x = x + gate[:, None] * h
-        x = temporal(x + gate_ff[:, None] * self.ff(modulate(x, shift_ff, scale_ff), adapter), frames, adapter)
+        x = temporal(
+            x + gate_ff[:, None] * self.ff(modulate(x, shift_ff, scale_ff), adapter),
+            frames,
+            adapter,
+        )
         if self.last:
             return x, None
         context = context + c_gate[:, None] * text
-        return x, context + c_gate_ff[:, None] * self.ff_context(modulate(context, c_shift_ff, c_scale_ff), adapter)
+        return x, context + c_gate_ff[:, None] * self.ff_context(
+            modulate(context, c_shift_ff, c_scale_ff), adapter
+        )
 
 
 def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
@@ -143,14 +160,22 @@ def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
     if frames == 1 or "temporal.qkv.weight" not in adapter:
         return x
     n, d = x.shape[1:]
-    h = F.layer_norm(x, (d,), eps=1e-6).unflatten(0, (-1, frames)).transpose(1, 2)                              # (B, N, F, D)
-    place = torch.arange(frames, device=x.device)[:, None] * 1e3 ** (-torch.arange(d // 2, device=x.device) / (d // 2))
-    qk, v = adapter["temporal.qkv.weight"].tensor_split([adapter["temporal.out.weight"].shape[1] * 2])
-    heads = lambda a: a.flatten(0, 1).unflatten(-1, (-1, 32)).transpose(1, 2)                                   # noqa: E731  (B N, heads, F, 32)
-    q, k = map(heads, F.linear(h + torch.cat([place.sin(), place.cos()], -1).to(h.dtype), qk).chunk(2, -1))
+    h = F.layer_norm(x, (d,), eps=1e-6).unflatten(0, (-1, frames)).transpose(1, 2)  # (B, N, F, D)
+    place = torch.arange(frames, device=x.device)[:, None] * 1e3 ** (
+        -torch.arange(d // 2, device=x.device) / (d // 2)
+    )
+    qk, v = adapter["temporal.qkv.weight"].tensor_split(
+        [adapter["temporal.out.weight"].shape[1] * 2]
+    )
+    heads = lambda a: a.flatten(0, 1).unflatten(-1, (-1, 32)).transpose(1, 2)  # noqa: E731  (B N, heads, F, 32)
+    q, k = map(
+        heads, F.linear(h + torch.cat([place.sin(), place.cos()], -1).to(h.dtype), qk).chunk(2, -1)
+    )
     v = heads(F.linear(h, v))
-    h = (F.scaled_dot_product_attention(q, k, v) - v).transpose(1, 2).flatten(2)                                # (B N, F, W)
-    return x + F.linear(h, adapter["temporal.out.weight"]).unflatten(0, (-1, n)).transpose(1, 2).flatten(0, 1)
+    h = (F.scaled_dot_product_attention(q, k, v) - v).transpose(1, 2).flatten(2)  # (B N, F, W)
+    return x + F.linear(h, adapter["temporal.out.weight"]).unflatten(0, (-1, n)).transpose(
+        1, 2
+    ).flatten(0, 1)
 
 
 class MMDiT(nn.Module):
@@ -160,21 +185,36 @@ class MMDiT(nn.Module):
         get = config.get
         layers, heads = get("num_layers", 18), get("num_attention_heads", 18)
         d = self.width = heads * get("attention_head_dim", 64)
-        self.channels, self.patch, self.context_dim = get("in_channels", 16), get("patch_size", 2), get("joint_attention_dim", 4096)
-        self.grid, self.sample_size, self.checkpointing = get("pos_embed_max_size", 96), get("sample_size", 128), False
+        self.channels, self.patch, self.context_dim = (
+            get("in_channels", 16),
+            get("patch_size", 2),
+            get("joint_attention_dim", 4096),
+        )
+        self.grid, self.sample_size, self.checkpointing = (
+            get("pos_embed_max_size", 96),
+            get("sample_size", 128),
+            False,
+        )
         dual, qk_norm = get("dual_attention_layers") or (), get("qk_norm")
         self.pos_embed = nn.Module()
         self.pos_embed.proj = nn.Conv2d(self.channels, d, self.patch, stride=self.patch)
-        self.pos_embed.register_buffer("pos_embed", torch.zeros(1, self.grid ** 2, d))
-        pair = lambda n: nn.ModuleDict({"linear_1": nn.Linear(n, d), "linear_2": nn.Linear(d, d)})      # noqa: E731
-        self.time_text_embed = nn.ModuleDict({"timestep_embedder": pair(256),
-                                              "text_embedder": pair(get("pooled_projection_dim", 2048))})
+        self.pos_embed.register_buffer("pos_embed", torch.zeros(1, self.grid**2, d))
+        pair = lambda n: nn.ModuleDict({"linear_1": nn.Linear(n, d), "linear_2": nn.Linear(d, d)})  # noqa: E731
+        self.time_text_embed = nn.ModuleDict(
+            {
+                "timestep_embedder": pair(256),
+                "text_embedder": pair(get("pooled_projection_dim", 2048)),
+            }
+        )
         self.context_embedder = nn.Linear(self.context_dim, d)
         self.transformer_blocks = nn.ModuleList(
-            Block(d, heads, qk_norm, i in dual, i == layers - 1) for i in range(layers))
+            Block(d, heads, qk_norm, i in dual, i == layers - 1) for i in range(layers)
+        )
         self.norm_out = Modulation(d, 2)
-        self.proj_out = nn.Linear(d, self.patch ** 2 * (get("out_channels") or self.channels))
-        for block in self.transformer_blocks:               # names within the block: all blocks are then one code to torch.compile
+        self.proj_out = nn.Linear(d, self.patch**2 * (get("out_channels") or self.channels))
+        for block in (
+            self.transformer_blocks
+        ):  # names within the block: all blocks are then one code to torch.compile
             for name, module in block.named_modules():
                 if isinstance(module, Linear):
                     module.name = name
@@ -183,10 +223,17 @@ class MMDiT(nn.Module):
         """The centre h x w of the sin-cos table. -> (1, h*w, D)"""
         top, left = (self.grid - h) // 2, (self.grid - w) // 2
         table = self.pos_embed.pos_embed.unflatten(1, (self.grid, self.grid))
-        return table[:, top:top + h, left:left + w].flatten(1, 2)
+        return table[:, top : top + h, left : left + w].flatten(1, 2)
 
-    def forward(self, x_t: Tensor, t: Tensor, prompt: Prompt, source: Tensor | None = None, adapter: Adapter | None = None,
-                frames: int = 1) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        prompt: Prompt,
+        source: Tensor | None = None,
+        adapter: Adapter | None = None,
+        frames: int = 1,
+    ) -> Tensor:
         """The velocity v, which points from data to noise (eps - x).
 
         x_t (B, C, H, W) noisy latent; t (B,) in [0, 1], 0 clean, 1 noise; prompt: context (B, L, D_text) and pooled
@@ -195,27 +242,42 @@ class MMDiT(nn.Module):
         """
         p, (h, w) = self.patch, (x_t.shape[-2] // self.patch, x_t.shape[-1] // self.patch)
         context, pooled = prompt
-        x = self.pos_embed.proj(x_t).flatten(2).transpose(1, 2) + self.positions(h, w)      # (B, h*w, D)
+        x = self.pos_embed.proj(x_t).flatten(2).transpose(1, 2) + self.positions(
+            h, w
+        )  # (B, h*w, D)
         if source is not None:
-            x = x + F.conv2d(source, adapter["source_proj.weight"], stride=p).flatten(2).transpose(1, 2)
+            x = x + F.conv2d(source, adapter["source_proj.weight"], stride=p).flatten(2).transpose(
+                1, 2
+            )
         frequency = torch.exp(-math.log(1e4) * torch.arange(128, device=t.device) / 128)
-        angle = 1000 * t.float()[:, None] * frequency                                       # (B, 128)
-        embed = lambda m, y: m["linear_2"](F.silu(m["linear_1"](y.to(m["linear_1"].weight.dtype))))     # noqa: E731
-        temb = embed(self.time_text_embed["timestep_embedder"], torch.cat([angle.cos(), angle.sin()], -1)) \
-            + embed(self.time_text_embed["text_embedder"], pooled)                          # (B, D)
-        context = F.pad(context, (0, self.context_dim - context.shape[-1], 0, 1))           # + one token of T5's zeros
-        context = self.context_embedder(context)                                            # (B, L + 1, D)
+        angle = 1000 * t.float()[:, None] * frequency  # (B, 128)
+        embed = lambda m, y: m["linear_2"](F.silu(m["linear_1"](y.to(m["linear_1"].weight.dtype))))  # noqa: E731
+        temb = embed(
+            self.time_text_embed["timestep_embedder"], torch.cat([angle.cos(), angle.sin()], -1)
+        ) + embed(self.time_text_embed["text_embedder"], pooled)  # (B, D)
+        context = F.pad(
+            context, (0, self.context_dim - context.shape[-1], 0, 1)
+        )  # + one token of T5's zeros
+        context = self.context_embedder(context)  # (B, L + 1, D)
         bias = torch.zeros(1, 1, 1, x.shape[1] + context.shape[1], device=x.device)
         bias[..., -1] = math.log(T5_ZEROS)
-        for block, part in zip(self.transformer_blocks, per_block(adapter, len(self.transformer_blocks))):
+        for block, part in zip(
+            self.transformer_blocks, per_block(adapter, len(self.transformer_blocks))
+        ):
             args = (x, context, temb, bias, part, frames)
             keep = self.checkpointing and torch.is_grad_enabled()
             # non-reentrant: the reentrant kind drops the adapter's gradient where the inputs need none
             x, context = checkpoint(block, *args, use_reentrant=False) if keep else block(*args)
         scale, shift = self.norm_out(temb)
         x = modulate(x, shift, scale)
-        unfold = lambda y: y.unflatten(1, (h, w)).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)     # noqa: E731
-        v = unfold(self.proj_out(x))                                            # (B, h*w, p*q*C) -> (B, C, H, W)
+        unfold = lambda y: (
+            y.unflatten(1, (h, w))
+            .unflatten(-1, (p, p, -1))
+            .permute(0, 5, 1, 3, 2, 4)
+            .flatten(4, 5)
+            .flatten(2, 3)
+        )  # noqa: E731
+        v = unfold(self.proj_out(x))  # (B, h*w, p*q*C) -> (B, C, H, W)
         if source is None:
             return v
         # The gate m: how much of the clean prediction x_t - t v is the source itself. So copying need not be learnt.
@@ -226,9 +288,11 @@ class MMDiT(nn.Module):
 def sincos(d: int, size: int, base: float = 1e4) -> Tensor:
     """The 2-D sin-cos position table for a square grid. -> (1, size*size, d)"""
     omega = base ** (-torch.arange(d // 4) / (d // 4))
-    angle = torch.arange(size)[:, None] * omega                                 # (size, d/4)
-    one = torch.cat([angle.sin(), angle.cos()], -1)                             # (size, d/2)
-    return torch.cat([one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)], -1).flatten(0, 1)[None]
+    angle = torch.arange(size)[:, None] * omega  # (size, d/4)
+    one = torch.cat([angle.sin(), angle.cos()], -1)  # (size, d/2)
+    return torch.cat(
+        [one[None].expand(size, -1, -1), one[:, None].expand(-1, size, -1)], -1
+    ).flatten(0, 1)[None]
 
 
 # ---- the adapter -----------------------------------------------------------------------------------------------
@@ -238,33 +302,26 @@ def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
     adapter, device = {}, model.proj_out.weight.device
     for name, module in model.named_modules():
         # the last block's text queries cannot reach the picture: its text output is thrown away
-        if isinstance(module, Linear) and name != f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn.add_q_proj":
+        if (
+            isinstance(module, Linear)
+            and name != f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn.add_q_proj"
+        ):
             r = min(rank, *module.weight.shape)
-            adapter[name + ".lora_A.weight"] = torch.randn(r, module.in_features, device=device) / module.in_features ** .5
+            adapter[name + ".lora_A.weight"] = (
+                torch.randn(r, module.in_features, device=device) / module.in_features**0.5
+            )
             adapter[name + ".lora_B.weight"] = torch.zeros(module.out_features, r, device=device)
-    adapter["source_proj.weight"] = torch.zeros_like(model.pos_embed.proj.weight, dtype=torch.float32)
+    adapter["source_proj.weight"] = torch.zeros_like(
+        model.pos_embed.proj.weight, dtype=torch.float32
+    )
     adapter["source_gate.weight"] = torch.zeros_like(model.proj_out.weight, dtype=torch.float32)
     for i in range(len(model.transformer_blocks) if video else 0):
         d, w = model.width, max(32, model.width // 96 * 32)
-        adapter[f"transformer_blocks.{i}.temporal.qkv.weight"] = torch.randn(3 * w, d, device=device) / d ** .5
+        adapter[f"transformer_blocks.{i}.temporal.qkv.weight"] = (
+            torch.randn(3 * w, d, device=device) / d**0.5
+        )
         adapter[f"transformer_blocks.{i}.temporal.out.weight"] = torch.zeros(d, w, device=device)
     return {k: v.requires_grad_() for k, v in adapter.items()}
-
-
-@contextlib.contextmanager
-def open_tensors(path: pathlib.Path, device: str | torch.device = "cpu"):
-    """An open safetensors file. Raises UserError where it cannot be read, also while it is read."""
-    try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as safetensors ({why(error)})")
-
-
-def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of one safetensors file and its metadata."""
-    with open_tensors(path) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
 
 
 def merged(model: MMDiT, adapter: Adapter) -> Adapter:
@@ -272,12 +329,18 @@ def merged(model: MMDiT, adapter: Adapter) -> Adapter:
     it is used for many tokens or passes. The adapter stays as it is in half precision, where W + B A would lose a small B A, and on
     large bases, whose weights one does not want twice."""
     weight = model.proj_out.weight
-    if model.width > 512 or weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type):
+    if (
+        model.width > 512
+        or weight.dtype != torch.float32
+        or torch.is_autocast_enabled(weight.device.type)
+    ):
         return adapter
     out = {k: v for k, v in adapter.items() if "lora_" not in k}
     for name, module in model.named_modules():
         if (down := adapter.get(name + ".lora_A.weight")) is not None:
-            out[name + ".weight"] = torch.addmm(module.weight, adapter[name + ".lora_B.weight"], down)
+            out[name + ".weight"] = torch.addmm(
+                module.weight, adapter[name + ".lora_B.weight"], down
+            )
     return out
 
 
@@ -288,27 +351,10 @@ def fold(model: MMDiT, adapter: Adapter) -> Adapter:
     for name, module in model.named_modules():
         if (down := adapter.get(name + ".lora_A.weight")) is not None:
             weight = torch.addmm(module.weight.float(), adapter[name + ".lora_B.weight"], down)
-            module.weight = nn.Parameter(weight.to(module.weight), requires_grad=False)     # a new one: the old may be a mapped file
+            module.weight = nn.Parameter(
+                weight.to(module.weight), requires_grad=False
+            )  # a new one: the old may be a mapped file
     return {k: v for k, v in adapter.items() if "lora_" not in k}
-
-
-def key_in_file(name: str) -> str:
-    """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
-    "lora" and reads those that begin with "transformer.", so what it does not know (the source's, temporal attention) is named to be
-    passed over."""
-    return "transformer." + name if "lora_" in name else name.replace(".weight", ".beside_lora.weight")
-
-
-def load_adapter(path: pathlib.Path, model: MMDiT) -> tuple[Adapter, dict[str, str]]:
-    """An adapter file, checked against the base it is to sit on. -> (adapter, metadata)"""
-    tensors, meta = read_tensors(path)
-    ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
-    want = new_adapter(model, max(ranks, default=1), any(".temporal." in k for k in tensors))
-    want = {key_in_file(k): (k, v) for k, v in want.items()}
-    for k in want.keys() | tensors.keys():
-        if k not in want or k not in tensors or want[k][1].shape != tensors[k].shape:
-            raise UserError(f"{path}: does not fit this base at '{k}'; it was trained on another (--base), or by an older nanoByG")
-    return {name: tensors[k].to(v) for k, (name, v) in want.items()}, meta
 
 
 def per_block(adapter: Adapter | None, n: int) -> list[Adapter]:
@@ -323,155 +369,3 @@ def per_block(adapter: Adapter | None, n: int) -> list[Adapter]:
 
 
 # ---- reading a base --------------------------------------------------------------------------------------------
-class UserError(Exception):
-    """Something in the user's world is wrong; the message is one clear sentence. `code` is the exit code."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
-
-
-def why(error: Exception) -> str:
-    """The first line of what an exception says, for a sentence to end with."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def read_json(path: pathlib.Path) -> dict:
-    try:
-        data = json.loads(pathlib.Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})")
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return data
-
-
-VARIANT = re.compile(r"\.(fp16|bf16|fp32)\b")       # diffusers' mark of a file saved in another precision
-
-
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files that hold one part: a single file, or the shards that an index lists; full precision before a
-    variant (*.fp16.safetensors). Raises UserError where there are none, or where a download left some out."""
-    single = [f for f in folder.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", f.name)]
-    found = sorted([*single, *folder.glob("*.safetensors.index*.json")], key=lambda f: (bool(VARIANT.search(f.name)), len(f.name)))
-    if not found:
-        raise UserError(f"{folder} has no *.safetensors weights (and no index of shards); copy or download them in diffusers layout")
-    if found[0].suffix != ".json":
-        return found[:1]
-    shards = read_json(found[0]).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and pathlib.PurePath(s).name == s for s in shards.values()):
-        raise UserError(f"{found[0]}: has no usable weight_map; download this file again")
-    files = [folder / s for s in sorted(set(shards.values()))]
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{file} is missing though {found[0].name} lists it: the download is incomplete, run it again")
-    return files
-
-
-NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}      # attention in older VAE files
-OLD_NAMES = re.compile(rf"(attentions\.\d+\.)({'|'.join(NEW_NAMES)})(?=\.)")
-
-
-def load_part(cls, folder, device, dtype):
-    """Builds cls from folder/config.json without memory for its weights, then reads them one by one, straight to device and dtype."""
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has no config.json; a base is a folder in diffusers layout of the SD3 family")
-    config = read_json(folder / "config.json")
-    try:
-        if any("layers" in k and isinstance(v, int) and v > 1000 for k, v in config.items()):
-            raise ValueError("more than 1000 layers")       # they would take minutes to build
-        with torch.device("meta"):
-            part = cls(config)
-    except Exception as error:                              # whatever a damaged config makes of it
-        raise UserError(f"{folder / 'config.json'}: describes no {cls.__name__} ({why(error)})")
-    want, tensors = part.state_dict(), {}
-    for path in weight_files(folder):
-        with open_tensors(path, device) as file:
-            for key in file.keys():
-                name = OLD_NAMES.sub(lambda m: m[1] + NEW_NAMES[m[2]], key).removeprefix("text_model.")
-                if name.endswith("position_ids"):                               # a counter, which old CLIP files saved
-                    continue
-                if name not in want:
-                    raise UserError(f"{path}: unexpected tensor '{key}'; the file is of another model than {folder / 'config.json'} describes")
-                if tuple(shape := file.get_slice(key).get_shape()) != want[name].shape:
-                    raise UserError(f"{path}: tensor '{key}' is {shape}, but config.json asks for {list(want[name].shape)}")
-                tensors[name] = file.get_tensor(key).to(dtype)
-    if missing := [k for k in want if k not in tensors]:
-        raise UserError(f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} of {len(want)} are)")
-    part.load_state_dict(tensors, assign=True)
-    return part.requires_grad_(False).eval()
-
-
-def choose_base(base: str) -> str:
-    """'auto' -> the base for this machine, said in one line; any other name stays what it is."""
-    if base == "auto":
-        base = "sd3.5-medium" if torch.cuda.is_available() else "tiny"
-        print(f"base: {base} (chosen for this machine; --base {' | '.join(NAMED)} | folder | Hub id)", file=sys.stderr)
-    return base
-
-
-def find_base(base: str) -> pathlib.Path:
-    """A short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5."""
-    name = NAMED.get(base, base)
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
-    if name.count("/") != 1 or name.startswith((".", "/")):
-        raise UserError(f"unknown base '{base}': use one of {', '.join(NAMED)}, a folder, or a Hub id like owner/name", 2)
-    import huggingface_hub as hub
-    errors, online = hub.errors, True
-    try:
-        try:
-            names = hub.HfApi().list_repo_files(name)
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise
-        except Exception:                                   # no network, or told to stay offline: what the cache holds must do
-            names, online = [], False
-        parts = [f for f in names if re.fullmatch(r"(transformer|vae|text_encoder(_2)?)/[^/]*(\.json|\.safetensors)", f)]
-        for part in {f.split("/")[0] for f in parts}:       # a variant only where there is nothing else
-            if any(re.fullmatch(part + r"/[^/.]*\.safetensors", f) for f in parts):
-                parts = [f for f in parts if not (f.startswith(part + "/") and VARIANT.search(f))]
-        return pathlib.Path(hub.snapshot_download(name, local_files_only=not online, allow_patterns=[
-            "model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*", *parts]))
-    except errors.GatedRepoError:                           # a kind of RepositoryNotFoundError, so first
-        raise UserError(f"{name} is gated: accept its terms at https://huggingface.co/{name}, then `hf auth login` or set "
-                        "HF_TOKEN; or take the ungated --base bokeh, or a local folder")
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(f"the Hub has no repository {name}, or it is private: check the name, or `hf auth login`")
-    except errors.LocalEntryNotFoundError:
-        raise UserError(f"{name} is not in the local cache and the Hub cannot be reached: go online once, give --base a local folder in "
-                        "diffusers layout, or take --base tiny, which needs no network")
-    except Exception as error:                              # a cut line, a full disk: the library has a class for each
-        raise UserError(f"cannot download {name} ({why(error)}); run again to go on")
-
-
-def load_base(base: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[MMDiT, VAE, Text, float]:
-    """-> model (MMDiT), vae (VAE, always float32), text (Text), shift of the scheduler's time grid."""
-    folder = find_base(base)
-    if not (folder / "model_index.json").exists():
-        raise UserError(f"{folder} has no model_index.json; a base is a folder in diffusers layout of the SD3 family")
-    if "StableDiffusion3" not in str(kind := read_json(folder / "model_index.json").get("_class_name")):
-        raise UserError(f"{folder} holds a {kind}; only the SD3 family can be a base here")
-    model = load_part(MMDiT, folder / "transformer", device, dtype)
-    vae = load_part(VAE, folder / "vae", device, torch.float32)
-    tokenizers = []
-    for name in ("tokenizer", "tokenizer_2"):
-        try:
-            tokenizers.append(Tokenizer(folder / name))
-        except Exception as error:
-            raise UserError(f"{folder / name} holds no CLIP tokenizer: vocab.json, merges.txt or tokenizer.json ({why(error)})")
-    text = Text(tokenizers, [load_part(CLIPText, folder / n, device, dtype) for n in ("text_encoder", "text_encoder_2")])
-    try:
-        for tokenizer, encoder in zip(tokenizers, text.encoders):
-            if max(tokenizer.vocab.values()) >= encoder.embeddings["token_embedding"].num_embeddings:
-                raise ValueError("a tokenizer has more words than its encoder")
-        # once through everything, with the smallest picture
-        shift, side = float(read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.)), model.patch * vae.factor
-        with torch.no_grad(), torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
-            x = vae.encode(torch.zeros(1, 3, side, side, device=device))
-            if vae.decode(model(x, torch.ones(1, device=device), text(["a"])).float()).shape != (1, 3, side, side):
-                raise ValueError("what goes in has another size than what comes out")
-        if not 0 < shift < 1000 or model.sample_size > model.grid * model.patch:
-            raise ValueError(f"shift {shift}, sample_size {model.sample_size}")
-    except (ValueError, TypeError, RuntimeError, LookupError) as error:
-        raise UserError(f"{folder}: its parts do not fit together ({why(error)})")
-    return model, vae, text, shift

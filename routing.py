@@ -2,26 +2,29 @@
 
 Training and sampling share `integrate` (and, for clips, `steady`): the rollout in training *is* inference.
 """
+
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor], Tensor]               # (y (B, C, H, W), t (B,)) -> v
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (y (B, C, H, W), t (B,)) -> v
 ROUTES = ("ste", "onestep", "detach", "backprop")
 
 
-def time_grid(n: int, shift: float = 1.) -> Tensor:
+def time_grid(n: int, shift: float = 1.0) -> Tensor:
     """n + 1 times from 1 (noise) to 0 (clean), warped by the scheduler's shift: t' = s t / (1 + (s - 1) t). -> (n + 1,)"""
     t = torch.linspace(1, 0, n + 1)
     return shift * t / (1 + (shift - 1) * t)
 
 
-def noise(n: int, frames: int, shape: Sequence[int], shared: float, generator: torch.Generator) -> Tensor:
+def noise(
+    n: int, frames: int, shape: Sequence[int], shared: float, generator: torch.Generator
+) -> Tensor:
     """Noise for n clips, of which the frames have the part `shared` of the variance in common. -> (n, frames, *shape)"""
-    common = torch.randn((n, 1, *shape), generator=generator) if frames > 1 else 0.
+    common = torch.randn((n, 1, *shape), generator=generator) if frames > 1 else 0.0
     eps = torch.randn((n, frames, *shape), generator=generator)
-    return eps if frames == 1 else shared ** .5 * common + (1 - shared) ** .5 * eps
+    return eps if frames == 1 else shared**0.5 * common + (1 - shared) ** 0.5 * eps
 
 
 def steady(velocity: Velocity, x: Tensor, frames: int) -> Velocity:
@@ -31,13 +34,18 @@ def steady(velocity: Velocity, x: Tensor, frames: int) -> Velocity:
     x (B, C, H, W) the source, every `frames` of them a clip; velocity(y, t) -> velocity(y, t), for one frame the same"""
     if frames == 1:
         return velocity
-    places = lambda a: a.unflatten(0, (-1, frames)).permute(0, 3, 4, 1, 2)      # (B, C, H, W) -> (clips, H, W, frames, C)
-    alike = torch.softmax(-torch.cdist(places(x), places(x)).square() / (.05 * x.shape[1]), -1)     # (clips, H, W, frames, frames)
+    places = lambda a: a.unflatten(0, (-1, frames)).permute(
+        0, 3, 4, 1, 2
+    )  # (B, C, H, W) -> (clips, H, W, frames, C)
+    alike = torch.softmax(
+        -torch.cdist(places(x), places(x)).square() / (0.05 * x.shape[1]), -1
+    )  # (clips, H, W, frames, frames)
 
     def averaged(y, t):
         s = t[:, None, None, None]
-        change = places(y - s * velocity(y, t).float() - x)                     # from the source to where y is going
+        change = places(y - s * velocity(y, t).float() - x)  # from the source to where y is going
         return (y - x - (alike @ change).permute(0, 3, 4, 1, 2).flatten(0, 1)) / s
+
     return averaged
 
 

@@ -5,6 +5,7 @@
 It saves at every step, so that many of the kills fall into a save. After each kill every file that is there must be whole. The last line is
 one JSON object. Linux and macOS only (fork).
 """
+
 import argparse
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 
-os.environ["OMP_NUM_THREADS"] = "1"                         # one thread: a process that can be forked
+os.environ["OMP_NUM_THREADS"] = "1"  # one thread: a process that can be forked
 import numpy as np  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -24,7 +25,9 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 grid = train.time_grid
-train.time_grid = lambda n, shift: grid(min(n, 2), shift)    # quick sample sheets, so that most of the time goes to saving
+train.time_grid = lambda n, shift: grid(
+    min(n, 2), shift
+)  # quick sample sheets, so that most of the time goes to saving
 
 
 def start(data, out, steps, resume):
@@ -33,9 +36,39 @@ def start(data, out, steps, resume):
         return pid
     code = 1
     try:
-        sys.argv = ["train.py", "--data", str(data), "--instr", "make it winter", "--base", "tiny", "--out", str(out), "--steps", str(steps),
-                    "--identity-first", "2", "--batch", "2", "--states", "2", "--n", "2", "--rank", "2",
-                    "--views", "2", "--held", "1", "--every", "1", "--warmup", "3", "--size", "32"] + ["--resume"] * resume
+        sys.argv = [
+            "train.py",
+            "--data",
+            str(data),
+            "--instr",
+            "make it winter",
+            "--base",
+            "tiny",
+            "--out",
+            str(out),
+            "--steps",
+            str(steps),
+            "--identity-first",
+            "2",
+            "--batch",
+            "2",
+            "--states",
+            "2",
+            "--n",
+            "2",
+            "--rank",
+            "2",
+            "--views",
+            "2",
+            "--held",
+            "1",
+            "--every",
+            "1",
+            "--warmup",
+            "3",
+            "--size",
+            "32",
+        ] + ["--resume"] * resume
         sys.stdout = sys.stderr = open(os.devnull, "w")
         train.main()
         code = 0
@@ -52,7 +85,7 @@ def whole(out):
     for path in out.glob("*.json"):
         json.loads(path.read_text())
     lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
-    for line in lines[:-1]:                                 # the last may be torn; --resume drops it
+    for line in lines[:-1]:  # the last may be torn; --resume drops it
         json.loads(line)
     return len(lines)
 
@@ -72,32 +105,52 @@ def survive(kills, steps, seed):
             pid = start(data, often, steps, (often / "checkpoint.safetensors").exists())
             if len(reached) == kills:
                 break
-            time.sleep(rng.uniform(0, 1.5 * whole_run * 4 / kills + .5))
+            time.sleep(rng.uniform(0, 1.5 * whole_run * 4 / kills + 0.5))
             os.kill(pid, signal.SIGKILL)
             status = os.waitpid(pid, 0)[1]
             assert status in (0, signal.SIGKILL), f"training ended by itself with {status}"
             reached.append(whole(often))
-            if status == 0:                                 # it was done before the kill came: once more from the start
+            if status == 0:  # it was done before the kill came: once more from the start
                 shutil.rmtree(often)
         assert os.waitpid(pid, 0)[1] == 0, "the last resume failed"
         for name in ("checkpoint.safetensors", "adapter.safetensors"):
             a, b = load_file(never / name), load_file(often / name)
-            assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a), f"{name} differs from the run that was never killed"
-        steps_of = lambda out: [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]     # noqa: E731
-        assert steps_of(never) == steps_of(often) == list(range(1, steps + 1)), "the log has gaps or doubles"
+            assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a), (
+                f"{name} differs from the run that was never killed"
+            )
+        steps_of = lambda out: [
+            json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()
+        ]  # noqa: E731
+        assert steps_of(never) == steps_of(often) == list(range(1, steps + 1)), (
+            "the log has gaps or doubles"
+        )
     return reached
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     p.add_argument("--kills", type=int, default=30)
     p.add_argument("--steps", type=int, default=40)
     p.add_argument("--seed", type=int, default=0)
     o = p.parse_args()
     begun = time.time()
     reached = survive(o.kills, o.steps, o.seed)
-    print(f"{o.kills} kills, at log lines {reached}: every file whole, the end bit for bit that of a run never killed")
-    print(json.dumps({"kills": o.kills, "steps": o.steps, "seed": o.seed, "reached": reached, "seconds": round(time.time() - begun)}))
+    print(
+        f"{o.kills} kills, at log lines {reached}: every file whole, the end bit for bit that of a run never killed"
+    )
+    print(
+        json.dumps(
+            {
+                "kills": o.kills,
+                "steps": o.steps,
+                "seed": o.seed,
+                "reached": reached,
+                "seconds": round(time.time() - begun),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 context is [CLIP-1 | CLIP-2] of the last but one layer, (B, L, D1 + D2); pooled is both projected end-of-text states,
 (B, P1 + P2). The third encoder (T5) is absent by design: model.py puts its zeros behind the context.
 """
+
 import functools
 import json
 import pathlib
@@ -27,7 +28,9 @@ def byte_symbols():
 def split_words(text: str) -> list[str]:
     """CLIP's pre-tokenisation: lower case, NFC; runs of letters, single digits, runs of other signs, contractions."""
     text, words, i = unicodedata.normalize("NFC", text).lower(), [], 0
-    kind = lambda c: " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O")  # noqa: E731
+    kind = lambda c: (
+        " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O")
+    )  # noqa: E731
     while i < len(text):
         found = next((c for c in CONTRACTIONS if text.startswith(c, i)), None)
         j = i + len(found) if found else i + 1
@@ -47,8 +50,10 @@ class Tokenizer:
         folder = pathlib.Path(folder)
         if (folder / "vocab.json").exists():
             self.vocab = json.loads((folder / "vocab.json").read_text("utf-8"))
-            merges = [line.split() for line in (folder / "merges.txt").read_text("utf-8").splitlines()]
-            merges = [m for m in merges if len(m) == 2]                         # the first line is a version comment
+            merges = [
+                line.split() for line in (folder / "merges.txt").read_text("utf-8").splitlines()
+            ]
+            merges = [m for m in merges if len(m) == 2]  # the first line is a version comment
         else:
             bpe = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
             self.vocab = bpe["vocab"]
@@ -64,7 +69,9 @@ class Tokenizer:
         pad = pad["content"] if isinstance(pad, dict) else pad
         self.pad = self.vocab.get(pad, self.end)
         # special tokens are found in the raw text, before anything else; SD3's second tokenizer pads with "!", so that is one
-        self.special = re.compile("(" + "|".join(map(re.escape, {"<|startoftext|>", "<|endoftext|>", pad})) + ")")
+        self.special = re.compile(
+            "(" + "|".join(map(re.escape, {"<|startoftext|>", "<|endoftext|>", pad})) + ")"
+        )
         self.words = {}
 
     def word(self, word: str) -> list[int]:
@@ -73,14 +80,16 @@ class Tokenizer:
             parts = [byte_symbols()[b] for b in word.encode("utf-8", "replace")]
             parts[-1] += "</w>"
             while len(parts) > 1:
-                rank, i = min((self.rank.get(p, float("inf")), i) for i, p in enumerate(zip(parts, parts[1:])))
+                rank, i = min(
+                    (self.rank.get(p, float("inf")), i) for i, p in enumerate(zip(parts, parts[1:]))
+                )
                 if rank == float("inf"):
                     break
                 pair, merged = (parts[i], parts[i + 1]), []
                 while parts:
                     two = tuple(parts[:2]) == pair
-                    merged.append("".join(parts[:1 + two]))
-                    parts = parts[1 + two:]
+                    merged.append("".join(parts[: 1 + two]))
+                    parts = parts[1 + two :]
                 parts = merged
             self.words[word] = [self.vocab.get(p, self.end) for p in parts]
         return self.words[word]
@@ -90,10 +99,14 @@ class Tokenizer:
         rows = []
         for text in texts:
             ids = []
-            for i, part in enumerate(self.special.split(text)):                 # odd parts are the special tokens
-                ids += [self.vocab[part]] if i % 2 else [n for w in split_words(part) for n in self.word(w)]
-            ids = ids[:self.length - 2]
-            rows.append(([self.begin, *ids, self.end] + [self.pad] * self.length)[:self.length])
+            for i, part in enumerate(self.special.split(text)):  # odd parts are the special tokens
+                ids += (
+                    [self.vocab[part]]
+                    if i % 2
+                    else [n for w in split_words(part) for n in self.word(w)]
+                )
+            ids = ids[: self.length - 2]
+            rows.append(([self.begin, *ids, self.end] + [self.pad] * self.length)[: self.length])
         return torch.tensor(rows)
 
 
@@ -102,13 +115,18 @@ class Layer(nn.Module):
         super().__init__()
         self.heads, self.act = heads, act
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(d, eps=eps), nn.LayerNorm(d, eps=eps)
-        self.self_attn = nn.ModuleDict({k: nn.Linear(d, d) for k in ("q_proj", "k_proj", "v_proj", "out_proj")})
+        self.self_attn = nn.ModuleDict(
+            {k: nn.Linear(d, d) for k in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        )
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(d, hidden), "fc2": nn.Linear(hidden, d)})
 
     def forward(self, x):
         h, a = self.layer_norm1(x), self.self_attn
-        q, k, v = (a[n](h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for n in ("q_proj", "k_proj", "v_proj"))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)             # (B, H, L, D/H)
+        q, k, v = (
+            a[n](h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for n in ("q_proj", "k_proj", "v_proj")
+        )
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, L, D/H)
         x = x + a["out_proj"](h.transpose(1, 2).flatten(2))
         h = self.mlp["fc1"](self.layer_norm2(x))
         h = h * torch.sigmoid(1.702 * h) if self.act == "quick_gelu" else F.gelu(h)
@@ -122,21 +140,41 @@ class CLIPText(nn.Module):
         get = config.get
         d, eps = get("hidden_size", 512), get("layer_norm_eps", 1e-5)
         # the plain constructor would draw random weights, nobody's need, and on the meta device import the compiler for it: 2 seconds
-        table = lambda n: nn.Embedding.from_pretrained(torch.empty(n, d), freeze=False)     # noqa: E731
-        self.embeddings = nn.ModuleDict({"token_embedding": table(get("vocab_size", 49408)),
-                                         "position_embedding": table(get("max_position_embeddings", 77))})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(
-            Layer(d, get("num_attention_heads", 8), get("intermediate_size", 2048), get("hidden_act", "quick_gelu"), eps)
-            for _ in range(get("num_hidden_layers", 12)))})
+        table = lambda n: nn.Embedding.from_pretrained(torch.empty(n, d), freeze=False)  # noqa: E731
+        self.embeddings = nn.ModuleDict(
+            {
+                "token_embedding": table(get("vocab_size", 49408)),
+                "position_embedding": table(get("max_position_embeddings", 77)),
+            }
+        )
+        self.encoder = nn.ModuleDict(
+            {
+                "layers": nn.ModuleList(
+                    Layer(
+                        d,
+                        get("num_attention_heads", 8),
+                        get("intermediate_size", 2048),
+                        get("hidden_act", "quick_gelu"),
+                        eps,
+                    )
+                    for _ in range(get("num_hidden_layers", 12))
+                )
+            }
+        )
         self.final_layer_norm = nn.LayerNorm(d, eps=eps)
         self.text_projection = nn.Linear(d, get("projection_dim", 512), bias=False)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """ids (B, L) -> hidden state before the last layer (B, L, D), pooled (B, P)"""
-        x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        x = (
+            self.embeddings["token_embedding"](ids)
+            + self.embeddings["position_embedding"].weight[: ids.shape[1]]
+        )
         for layer in self.encoder["layers"]:
             before, x = x, layer(x)
-        end = self.final_layer_norm(x)[torch.arange(len(ids)), ids.argmax(1)]   # end-of-text has the highest id
+        end = self.final_layer_norm(x)[
+            torch.arange(len(ids)), ids.argmax(1)
+        ]  # end-of-text has the highest id
         return before, self.text_projection(end)
 
 

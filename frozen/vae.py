@@ -3,19 +3,26 @@
 Follows the public file format of `vae/` (config.json + safetensors): residual blocks with GroupNorm (eps 1e-6) and SiLU,
 one single-head attention in the middle, factor 2 per level. ByG never trains it; tiny/pretrain.py trains the small one.
 """
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-AT_ONCE = 2 ** 18                           # pixels: one picture of 512 x 512 takes the SD3 decoder .7 GiB
+AT_ONCE = 2**18  # pixels: one picture of 512 x 512 takes the SD3 decoder .7 GiB
 
 
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps=1e-6), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps=1e-6), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = (
+            nn.GroupNorm(groups, c_in, eps=1e-6),
+            nn.Conv2d(c_in, c_out, 3, padding=1),
+        )
+        self.norm2, self.conv2 = (
+            nn.GroupNorm(groups, c_out, eps=1e-6),
+            nn.Conv2d(c_out, c_out, 3, padding=1),
+        )
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
@@ -35,8 +42,10 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c, c)])
 
     def forward(self, x):
-        h = self.group_norm(x).flatten(2).transpose(1, 2)                       # (B, C, H, W) -> (B, H*W, C)
-        h = F.scaled_dot_product_attention(*(f(h)[:, None] for f in (self.to_q, self.to_k, self.to_v)))[:, 0]
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, H*W, C)
+        h = F.scaled_dot_product_attention(
+            *(f(h)[:, None] for f in (self.to_q, self.to_k, self.to_v))
+        )[:, 0]
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
 
 
@@ -46,7 +55,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                                # right and bottom only, as SD was trained
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as SD was trained
 
 
 class Upsample(nn.Module):
@@ -55,7 +64,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2., mode="nearest"))
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class MidBlock(nn.Module):
@@ -76,7 +85,9 @@ class Level(nn.Module):
 
     def __init__(self, c_in, c_out, layers, groups, down=False, up=False):
         super().__init__()
-        self.resnets = nn.ModuleList([ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)])
+        self.resnets = nn.ModuleList(
+            [ResnetBlock(c_in if i == 0 else c_out, c_out, groups) for i in range(layers)]
+        )
         if down:
             self.downsamplers = nn.ModuleList([Downsample(c_out)])
         if up:
@@ -95,11 +106,15 @@ class Encoder(nn.Module):
         super().__init__()
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(c_in, channels[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([Level(channels[max(i - 1, 0)], c, layers, groups, down=i < last)
-                                          for i, c in enumerate(channels)])
+        self.down_blocks = nn.ModuleList(
+            [
+                Level(channels[max(i - 1, 0)], c, layers, groups, down=i < last)
+                for i, c in enumerate(channels)
+            ]
+        )
         self.mid_block = MidBlock(channels[-1], groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)       # mean | logvar
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)  # mean | logvar
 
     def forward(self, x):
         x = self.conv_in(x)
@@ -115,8 +130,12 @@ class Decoder(nn.Module):
         last = len(channels) - 1
         self.conv_in = nn.Conv2d(latent, channels[0], 3, padding=1)
         self.mid_block = MidBlock(channels[0], groups, attention)
-        self.up_blocks = nn.ModuleList([Level(channels[max(i - 1, 0)], c, layers + 1, groups, up=i < last)
-                                        for i, c in enumerate(channels)])
+        self.up_blocks = nn.ModuleList(
+            [
+                Level(channels[max(i - 1, 0)], c, layers + 1, groups, up=i < last)
+                for i, c in enumerate(channels)
+            ]
+        )
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], c_out, 3, padding=1)
 
@@ -133,9 +152,13 @@ class VAE(nn.Module):
         super().__init__()
         get = config.get
         channels, groups = list(get("block_out_channels", [64])), get("norm_num_groups", 32)
-        layers, latent, attention = get("layers_per_block", 1), get("latent_channels", 4), get("mid_block_add_attention", True)
+        layers, latent, attention = (
+            get("layers_per_block", 1),
+            get("latent_channels", 4),
+            get("mid_block_add_attention", True),
+        )
         self.latent_channels, self.factor = latent, 2 ** (len(channels) - 1)
-        self.scaling, self.shift = get("scaling_factor", .18215), get("shift_factor") or 0.
+        self.scaling, self.shift = get("scaling_factor", 0.18215), get("shift_factor") or 0.0
         self.encoder = Encoder(channels, latent, layers, groups, attention, get("in_channels", 3))
         self.decoder = Decoder(channels, latent, layers, groups, attention, get("out_channels", 3))
         if get("use_quant_conv", True):
@@ -157,7 +180,12 @@ class VAE(nn.Module):
         """x (B, C, h, w) -> pixels (B, 3, h*f, w*f), about [-1, 1] (not clamped)."""
         z = x / self.scaling + self.shift
         z = self.post_quant_conv(z) if hasattr(self, "post_quant_conv") else z
-        return torch.cat([self.decoder(part) for part in z.split(max(1, AT_ONCE // (z.shape[2] * z.shape[3] * self.factor ** 2)))])
+        return torch.cat(
+            [
+                self.decoder(part)
+                for part in z.split(max(1, AT_ONCE // (z.shape[2] * z.shape[3] * self.factor**2)))
+            ]
+        )
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
@@ -167,4 +195,6 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 def to_images(pixels: Tensor) -> np.ndarray:
     """(B, 3, H, W) float -> (B, H, W, 3) uint8 numpy array"""
-    return ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (
+        ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    )

@@ -8,6 +8,7 @@
 
 Every stage saves to tiny/work and continues from there; Ctrl-C loses at most a minute.
 """
+
 import argparse
 import json
 import math
@@ -23,37 +24,69 @@ from safetensors.torch import load_file, save_file
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import scenes  # noqa: E402
+from frozen.load import load_base  # noqa: E402
 from frozen.text import CLIPText, Text, Tokenizer, byte_symbols, split_words  # noqa: E402
 from frozen.vae import VAE, to_pixels  # noqa: E402
-from model import MMDiT, load_base, sincos  # noqa: E402
+from model import MMDiT, sincos  # noqa: E402
 from train import Muon  # noqa: E402
 
 WORK = ROOT / "tiny" / "work"
 VAE_CONFIG = {
-    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 8, "sample_size": 64,
-    "block_out_channels": [16, 32, 64], "layers_per_block": 1, "norm_num_groups": 8, "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "use_quant_conv": False, "use_post_quant_conv": False, "mid_block_add_attention": True,
-    "scaling_factor": 1., "shift_factor": 0., "force_upcast": True,
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 8,
+    "sample_size": 64,
+    "block_out_channels": [16, 32, 64],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "act_fn": "silu",
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "mid_block_add_attention": True,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "force_upcast": True,
 }
 
-TOKENS = 24                                                             # longest caption of the world has 23 words
+TOKENS = 24  # longest caption of the world has 23 words
 MMDIT_CONFIG = {
-    "_class_name": "SD3Transformer2DModel", "sample_size": 16, "patch_size": 2, "in_channels": 8, "out_channels": 8,
-    "num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 48, "joint_attention_dim": 256,
-    "caption_projection_dim": 192, "pooled_projection_dim": 256, "pos_embed_max_size": 16,
-    "dual_attention_layers": [], "qk_norm": "rms_norm",
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 16,
+    "patch_size": 2,
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_layers": 6,
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "joint_attention_dim": 256,
+    "caption_projection_dim": 192,
+    "pooled_projection_dim": 256,
+    "pos_embed_max_size": 16,
+    "dual_attention_layers": [],
+    "qk_norm": "rms_norm",
 }
 CLIP_CONFIG = {
-    "architectures": ["CLIPTextModelWithProjection"], "model_type": "clip_text_model", "hidden_size": 128,
-    "intermediate_size": 512, "projection_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "max_position_embeddings": TOKENS, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+    "architectures": ["CLIPTextModelWithProjection"],
+    "model_type": "clip_text_model",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "projection_dim": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": TOKENS,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
 }
 
 
 def save(tensors, path, **meta):
     tmp = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()})
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, tmp, {k: str(v) for k, v in meta.items()}
+    )
     tmp.replace(path)
 
 
@@ -77,42 +110,59 @@ def cmd_vae(args):
     if (WORK / "vae.safetensors").exists():
         vae.load_state_dict(load_file(WORK / "vae.safetensors"))
     average = {k: v.clone() for k, v in vae.state_dict().items()}
-    opt = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(.9, .99), weight_decay=1e-4)
+    opt = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
     step, start, rng = 0, time.time(), np.random.default_rng(time.time_ns())
 
     def loss_of(pixels):
         mean, logvar = vae.moments(pixels)
         logvar = logvar.float().clamp(-12, 4)
-        z = mean + torch.randn_like(mean) * torch.exp(.5 * logvar)
+        z = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
         error = vae.decoder(z).float() - pixels
-        kl = .5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
-        return (error ** 2).mean(), error.abs().mean(), kl
+        kl = 0.5 * (mean.float() ** 2 + logvar.exp() - 1 - logvar).mean()
+        return (error**2).mean(), error.abs().mean(), kl
 
     while (gone := (time.time() - start) / 60 / args.minutes) < 1:
         for group in opt.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 100) * (.02 + .98 * .5 * (1 + math.cos(math.pi * gone)))
-        pixels = to_pixels(images[np.sort(rng.integers(0, len(images), 16))]).to(memory_format=torch.channels_last)
+            group["lr"] = (
+                args.lr
+                * min(1, (step + 1) / 100)
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * gone)))
+            )
+        pixels = to_pixels(images[np.sort(rng.integers(0, len(images), 16))]).to(
+            memory_format=torch.channels_last
+        )
         mse, l1, kl = loss_of(pixels)
-        loss = mse + .2 * l1 + 5e-5 * kl
+        loss = mse + 0.2 * l1 + 5e-5 * kl
         opt.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         opt.step()
         step += 1
-        decay = min(.998, step / (step + 20))
+        decay = min(0.998, step / (step + 20))
         with torch.no_grad():
             for k, v in vae.state_dict().items():
                 average[k].lerp_(v, 1 - decay)
         if step % 100 == 0:
-            print(f"{step} {time.time() - start:.0f}s psnr {10 * math.log10(4 / mse.item()):.2f} kl {kl.item():.2f}", flush=True)
+            print(
+                f"{step} {time.time() - start:.0f}s psnr {10 * math.log10(4 / mse.item()):.2f} kl {kl.item():.2f}",
+                flush=True,
+            )
     vae.load_state_dict(average)
     z = encode_all(vae, images)
     shift, scaling = round(z.mean().item(), 5), round(1 / z.std().item(), 5)
-    print(f"shift {shift} scaling {scaling} channel std {[round(s, 2) for s in z.std((0, 2, 3)).tolist()]}")
-    np.save(WORK / "latents.npy", ((z - shift) * scaling).half().numpy())       # zero mean, unit variance
-    (WORK / "vae.json").write_text(json.dumps(VAE_CONFIG | {"shift_factor": shift, "scaling_factor": scaling}, indent=2))
+    print(
+        f"shift {shift} scaling {scaling} channel std {[round(s, 2) for s in z.std((0, 2, 3)).tolist()]}"
+    )
+    np.save(
+        WORK / "latents.npy", ((z - shift) * scaling).half().numpy()
+    )  # zero mean, unit variance
+    (WORK / "vae.json").write_text(
+        json.dumps(VAE_CONFIG | {"shift_factor": shift, "scaling_factor": scaling}, indent=2)
+    )
     decoded = vae.decoder(z[:200]).clamp(-1, 1)
-    print(f"reconstruction {(10 * torch.log10(4 / F.mse_loss(decoded, to_pixels(images[:200]), reduction='none').mean((1, 2, 3)))).mean():.2f} dB")
+    print(
+        f"reconstruction {(10 * torch.log10(4 / F.mse_loss(decoded, to_pixels(images[:200]), reduction='none').mean((1, 2, 3)))).mean():.2f} dB"
+    )
     save(vae.state_dict(), WORK / "vae.safetensors")
 
 
@@ -121,7 +171,7 @@ def encode_all(vae, images):
     """Encodes the whole world once. -> (n, 8, 16, 16), not yet normalised"""
     out = []
     for i in range(0, len(images), 250):
-        out.append(vae.moments(to_pixels(images[i:i + 250]))[0].half())
+        out.append(vae.moments(to_pixels(images[i : i + 250]))[0].half())
     return torch.cat(out).float()
 
 
@@ -129,10 +179,14 @@ def make_tokenizers(folder):
     """Byte-pair merges learnt from the world's own words, written in CLIP's format: one token per word of the world."""
     rng, words = np.random.default_rng(0), {}
     for scene in records(4000, seed=7):
-        for text in (scenes.caption(scene, rng), scenes.wish(scene, rng), "change remove add the trees undo it"):
+        for text in (
+            scenes.caption(scene, rng),
+            scenes.wish(scene, rng),
+            "change remove add the trees undo it",
+        ):
             for word in split_words(text):
                 words[word] = words.get(word, 0) + 1
-    parts = {w: [*w[:-1], w[-1] + "</w>"] for w in words}               # the world's words are plain ASCII
+    parts = {w: [*w[:-1], w[-1] + "</w>"] for w in words}  # the world's words are plain ASCII
     merges = []
     while True:
         pairs = {}
@@ -147,38 +201,74 @@ def make_tokenizers(folder):
             i = 0
             while i < len(p) - 1:
                 if (p[i], p[i + 1]) == best:
-                    p[i:i + 2] = ["".join(best)]
+                    p[i : i + 2] = ["".join(best)]
                 i += 1
     symbols = list(byte_symbols().values())
-    vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = (
+        symbols
+        + [s + "</w>" for s in symbols]
+        + ["".join(m) for m in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         path = folder / name
         path.mkdir(parents=True, exist_ok=True)
-        (path / "vocab.json").write_text(json.dumps({v: i for i, v in enumerate(vocab)}, ensure_ascii=False), "utf-8")
-        (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", "utf-8")
-        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
+        (path / "vocab.json").write_text(
+            json.dumps({v: i for i, v in enumerate(vocab)}, ensure_ascii=False), "utf-8"
+        )
+        (path / "merges.txt").write_text(
+            "#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", "utf-8"
+        )
+        special = {
+            "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>",
+            "pad_token": pad,
+        }
         (path / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-        (path / "tokenizer_config.json").write_text(json.dumps(
-            {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True, **special}, indent=2))
+        (path / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "CLIPTokenizer",
+                    "model_max_length": TOKENS,
+                    "do_lower_case": True,
+                    **special,
+                },
+                indent=2,
+            )
+        )
     return vocab
 
 
 def build():
     vocab = make_tokenizers(WORK)
     end = len(vocab) - 1
-    configs = [CLIP_CONFIG | {"vocab_size": len(vocab), "bos_token_id": end - 1, "eos_token_id": end, "hidden_act": act,
-                              "pad_token_id": pad} for act, pad in (("quick_gelu", end), ("gelu", 0))]
-    text = Text([Tokenizer(WORK / n) for n in ("tokenizer", "tokenizer_2")], [CLIPText(c) for c in configs])
+    configs = [
+        CLIP_CONFIG
+        | {
+            "vocab_size": len(vocab),
+            "bos_token_id": end - 1,
+            "eos_token_id": end,
+            "hidden_act": act,
+            "pad_token_id": pad,
+        }
+        for act, pad in (("quick_gelu", end), ("gelu", 0))
+    ]
+    text = Text(
+        [Tokenizer(WORK / n) for n in ("tokenizer", "tokenizer_2")], [CLIPText(c) for c in configs]
+    )
     model = MMDiT(MMDIT_CONFIG)
-    model.pos_embed.pos_embed.copy_(sincos(model.width, model.grid, base=100.))  # 8 x 8 tokens: no need for base 1e4
+    model.pos_embed.pos_embed.copy_(
+        sincos(model.width, model.grid, base=100.0)
+    )  # 8 x 8 tokens: no need for base 1e4
     for name, p in list(model.named_parameters()) + list(text.named_parameters()):
         if "embedding.weight" in name:
-            torch.nn.init.normal_(p, std=.5 if "token" in name else .1)
+            torch.nn.init.normal_(p, std=0.5 if "token" in name else 0.1)
         elif p.ndim == 2:
-            torch.nn.init.normal_(p, std=p.shape[1] ** -.5)
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
         elif "norm" not in name:
             torch.nn.init.zeros_(p)
-    for name, p in model.named_parameters():                            # adaLN-zero: every block begins as identity
+    for name, p in model.named_parameters():  # adaLN-zero: every block begins as identity
         if name.startswith(("norm_out", "proj_out")) or ".norm1" in name:
             torch.nn.init.zeros_(p)
     return model, text, configs
@@ -189,17 +279,25 @@ def cmd_flow(args):
     torch.manual_seed(0)
     latents = torch.from_numpy(np.load(WORK / "latents.npy"))
     world = records(len(latents))
-    share = np.array([1. if s.style == "plain" else .35 for s in world])        # the plain style is what must be best
+    share = np.array(
+        [1.0 if s.style == "plain" else 0.35 for s in world]
+    )  # the plain style is what must be best
     share /= share.sum()
     model, text, _ = build()
     both = torch.nn.ModuleDict({"model": model, "text": text})
-    hidden = [p for n, p in model.transformer_blocks.named_parameters() if p.ndim == 2 and ".norm" not in n]
+    hidden = [
+        p
+        for n, p in model.transformer_blocks.named_parameters()
+        if p.ndim == 2 and ".norm" not in n
+    ]
     rest = [p for p in both.parameters() if not any(p is h for h in hidden)]
-    opts = [Muon(hidden, lr=args.lr, weight_decay=.01),
-            torch.optim.AdamW(rest, lr=args.lr, betas=(.9, .98), weight_decay=0.)]
+    opts = [
+        Muon(hidden, lr=args.lr, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     average = {k: v.clone() for k, v in both.state_dict().items()}
     step, state = 0, WORK / "flow.safetensors"
-    if state.exists():                                                  # weights and average; the optimizers warm up anew
+    if state.exists():  # weights and average; the optimizers warm up anew
         saved = load_file(state)
         both.load_state_dict({k[4:]: v for k, v in saved.items() if k.startswith("now.")})
         average = {k[4:]: v for k, v in saved.items() if k.startswith("avg.")}
@@ -208,22 +306,31 @@ def cmd_flow(args):
         block.compile()
     begun, start, rng, losses = step, time.time(), np.random.default_rng(time.time_ns()), []
     while (gone := (time.time() - start) / 60 / args.minutes) < 1:
-        lr = args.lr * min(1, (step - begun + 1) / 60) * min(1, max(.02, (1 - gone) / args.cool))
+        lr = args.lr * min(1, (step - begun + 1) / 60) * min(1, max(0.02, (1 - gone) / args.cool))
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr
         pick = rng.choice(len(latents), args.batch, p=share)
         u, texts = rng.random(args.batch), []
         for i, r in zip(pick, u):
-            texts.append("" if r < .1 else scenes.wish(world[i], rng) if r < .3 else scenes.caption(world[i], rng))
+            texts.append(
+                ""
+                if r < 0.1
+                else scenes.wish(world[i], rng)
+                if r < 0.3
+                else scenes.caption(world[i], rng)
+            )
         ids = [tokenizer(texts) for tokenizer in text.tokenizers]
         x = latents[pick].float()
-        eps, t = torch.randn_like(x), torch.sigmoid(torch.randn(len(x)) + math.log(2))     # shifted by 2, as sampling is
+        eps, t = (
+            torch.randn_like(x),
+            torch.sigmoid(torch.randn(len(x)) + math.log(2)),
+        )  # shifted by 2, as sampling is
         x_t = torch.lerp(x, eps, t[:, None, None, None])
         v = model(x_t, t, text.encode(ids))
         loss = F.mse_loss(v, eps - x)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.)
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad()
@@ -234,12 +341,23 @@ def cmd_flow(args):
             for k, v in both.state_dict().items():
                 average[k].lerp_(v, 1 - decay)
         if step % 50 == 0:
-            print(f"{step} {(time.time() - start):.0f}s loss {np.mean(losses[-200:]):.4f} lr {lr:.1e}", flush=True)
+            print(
+                f"{step} {(time.time() - start):.0f}s loss {np.mean(losses[-200:]):.4f} lr {lr:.1e}",
+                flush=True,
+            )
         if step % 100 == 0:
-            save({f"now.{k}": v for k, v in both.state_dict().items()} | {f"avg.{k}": v for k, v in average.items()}
-                 | {"step": torch.tensor(step)}, state)
-    save({f"now.{k}": v for k, v in both.state_dict().items()} | {f"avg.{k}": v for k, v in average.items()}
-         | {"step": torch.tensor(step)}, state)
+            save(
+                {f"now.{k}": v for k, v in both.state_dict().items()}
+                | {f"avg.{k}": v for k, v in average.items()}
+                | {"step": torch.tensor(step)},
+                state,
+            )
+    save(
+        {f"now.{k}": v for k, v in both.state_dict().items()}
+        | {f"avg.{k}": v for k, v in average.items()}
+        | {"step": torch.tensor(step)},
+        state,
+    )
 
 
 def cmd_restore(args):
@@ -249,9 +367,15 @@ def cmd_restore(args):
     z = encode_all(vae, np.load(WORK / "images.npy", mmap_mode="r"))
     np.save(WORK / "latents.npy", ((z - vae.shift) * vae.scaling).half().numpy())
     save(vae.state_dict(), WORK / "vae.safetensors")
-    (WORK / "vae.json").write_text((ROOT / "tiny" / "checkpoint" / "vae" / "config.json").read_text())
+    (WORK / "vae.json").write_text(
+        (ROOT / "tiny" / "checkpoint" / "vae" / "config.json").read_text()
+    )
     weights = torch.nn.ModuleDict({"model": model, "text": text}).state_dict()
-    save({f"{a}.{k}": v.clone() for a in ("now", "avg") for k, v in weights.items()} | {"step": torch.tensor(args.step)}, WORK / "flow.safetensors")
+    save(
+        {f"{a}.{k}": v.clone() for a in ("now", "avg") for k, v in weights.items()}
+        | {"step": torch.tensor(args.step)},
+        WORK / "flow.safetensors",
+    )
 
 
 def cmd_export(args):
@@ -259,40 +383,87 @@ def cmd_export(args):
     out = pathlib.Path(args.out)
     model, text, configs = build()
     make_tokenizers(out)
-    average = {k[4:]: v for k, v in load_file(WORK / "flow.safetensors").items() if k.startswith("avg.")}
-    part = lambda prefix: {k[len(prefix):]: v.half() for k, v in average.items() if k.startswith(prefix)}   # noqa: E731
+    average = {
+        k[4:]: v for k, v in load_file(WORK / "flow.safetensors").items() if k.startswith("avg.")
+    }
+    part = lambda prefix: {
+        k[len(prefix) :]: v.half() for k, v in average.items() if k.startswith(prefix)
+    }  # noqa: E731
     vae = {k: v.half() for k, v in load_file(WORK / "vae.safetensors").items()}
     for name, weights, config, file in (
-            ("transformer", part("model."), MMDIT_CONFIG, "diffusion_pytorch_model.safetensors"),
-            ("vae", vae, json.loads((WORK / "vae.json").read_text()), "diffusion_pytorch_model.safetensors"),
-            ("text_encoder", part("text.encoders.0."), configs[0], "model.safetensors"),
-            ("text_encoder_2", part("text.encoders.1."), configs[1], "model.safetensors")):
+        ("transformer", part("model."), MMDIT_CONFIG, "diffusion_pytorch_model.safetensors"),
+        (
+            "vae",
+            vae,
+            json.loads((WORK / "vae.json").read_text()),
+            "diffusion_pytorch_model.safetensors",
+        ),
+        ("text_encoder", part("text.encoders.0."), configs[0], "model.safetensors"),
+        ("text_encoder_2", part("text.encoders.1."), configs[1], "model.safetensors"),
+    ):
         (out / name).mkdir(parents=True, exist_ok=True)
         if name.startswith("text"):
-            weights = {("" if k.startswith("text_proj") else "text_model.") + k: v for k, v in weights.items()}
+            weights = {
+                ("" if k.startswith("text_proj") else "text_model.") + k: v
+                for k, v in weights.items()
+            }
         save(weights, out / name / file, format="pt")
         (out / name / "config.json").write_text(json.dumps(config, indent=2))
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(
-        {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 2.0}, indent=2))
+    (out / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "FlowMatchEulerDiscreteScheduler",
+                "num_train_timesteps": 1000,
+                "shift": 2.0,
+            },
+            indent=2,
+        )
+    )
     clip, none = ["transformers", "CLIPTextModelWithProjection"], [None, None]
-    (out / "model_index.json").write_text(json.dumps({
-        "_class_name": "StableDiffusion3Pipeline", "feature_extractor": none, "image_encoder": none,
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": clip, "text_encoder_2": clip,
-        "text_encoder_3": none, "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "tokenizer_3": none, "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}, indent=2))
+    (out / "model_index.json").write_text(
+        json.dumps(
+            {
+                "_class_name": "StableDiffusion3Pipeline",
+                "feature_extractor": none,
+                "image_encoder": none,
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "text_encoder": clip,
+                "text_encoder_2": clip,
+                "text_encoder_3": none,
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "tokenizer_2": ["transformers", "CLIPTokenizer"],
+                "tokenizer_3": none,
+                "transformer": ["diffusers", "SD3Transformer2DModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+            indent=2,
+        )
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stage", choices=["render", "vae", "flow", "export", "restore"])
     parser.add_argument("--n", type=int, default=60000, help="scenes in the training world")
-    parser.add_argument("--minutes", type=float, default=12., help="of wall clock for this sitting")
+    parser.add_argument(
+        "--minutes", type=float, default=12.0, help="of wall clock for this sitting"
+    )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=128, help="of flow")
-    parser.add_argument("--cool", type=float, default=.35, help="the last share of the sitting in which flow's rate falls to 0")
-    parser.add_argument("--ema", type=float, default=.995, help="decay of flow's weight average")
-    parser.add_argument("--step", type=int, default=7545, help="of restore: how many steps the committed checkpoint has behind it")
+    parser.add_argument(
+        "--cool",
+        type=float,
+        default=0.35,
+        help="the last share of the sitting in which flow's rate falls to 0",
+    )
+    parser.add_argument("--ema", type=float, default=0.995, help="decay of flow's weight average")
+    parser.add_argument(
+        "--step",
+        type=int,
+        default=7545,
+        help="of restore: how many steps the committed checkpoint has behind it",
+    )
     parser.add_argument("--out", default=str(ROOT / "tiny" / "checkpoint"), help="of export")
     args = parser.parse_args()
     globals()["cmd_" + args.stage](args)

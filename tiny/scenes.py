@@ -9,6 +9,7 @@ A `Scene` is attributes (what captions and edits talk about: season, time, weath
 `tau` moves it through time, and `judge` reads attributes back: of all attribute combinations drawn for that very
 geometry, which is nearest? Training code never calls `render` on a counterfactual; only the benchmark does.
 """
+
 import argparse
 import dataclasses
 import itertools
@@ -18,7 +19,7 @@ import pathlib
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE, SCALE = 64, 4                     # pixels of a picture; supersampling of the drawing (anti-aliasing)
+SIZE, SCALE = 64, 4  # pixels of a picture; supersampling of the drawing (anti-aliasing)
 ATTRIBUTES = {
     "season": ("spring", "summer", "autumn", "winter"),
     "time": ("day", "sunset", "night"),
@@ -27,23 +28,67 @@ ATTRIBUTES = {
     "style": ("plain", "sketch", "pixel", "blueprint"),
 }
 # How often a value occurs in the world where values are not equally likely.
-WEIGHTS = {"weather": (.58, .14, .14, .14), "style": (.64, .12, .12, .12)}
+WEIGHTS = {"weather": (0.58, 0.14, 0.14, 0.14), "style": (0.64, 0.12, 0.12, 0.12)}
 KINDS = ("pine", "round", "poplar")
 
 # ground, far hills, foliage of round trees, of poplars, of pines, roof
 SEASON = {
-    "spring": ((158, 212, 96), (190, 222, 140), (244, 166, 198), (188, 220, 110), (72, 146, 84), (150, 84, 62)),
-    "summer": ((74, 156, 62), (112, 180, 100), (38, 122, 50), (84, 152, 44), (24, 98, 60), (150, 84, 62)),
-    "autumn": ((208, 164, 84), (192, 140, 96), (222, 104, 36), (236, 180, 46), (70, 108, 62), (150, 84, 62)),
-    "winter": ((240, 244, 250), (212, 224, 238), (222, 230, 240), (204, 216, 230), (96, 138, 128), (250, 252, 255)),
+    "spring": (
+        (158, 212, 96),
+        (190, 222, 140),
+        (244, 166, 198),
+        (188, 220, 110),
+        (72, 146, 84),
+        (150, 84, 62),
+    ),
+    "summer": (
+        (74, 156, 62),
+        (112, 180, 100),
+        (38, 122, 50),
+        (84, 152, 44),
+        (24, 98, 60),
+        (150, 84, 62),
+    ),
+    "autumn": (
+        (208, 164, 84),
+        (192, 140, 96),
+        (222, 104, 36),
+        (236, 180, 46),
+        (70, 108, 62),
+        (150, 84, 62),
+    ),
+    "winter": (
+        (240, 244, 250),
+        (212, 224, 238),
+        (222, 230, 240),
+        (204, 216, 230),
+        (96, 138, 128),
+        (250, 252, 255),
+    ),
 }
-HOUSE = {"red": (206, 48, 44), "blue": (56, 100, 208), "yellow": (246, 204, 56), "white": (244, 240, 230),
-         "purple": (146, 76, 178)}
-SKY = {"day": ((92, 164, 232), (204, 232, 250)), "sunset": ((122, 84, 150), (255, 170, 98)),
-       "night": ((10, 14, 46), (44, 56, 110))}                             # top, horizon
-LIGHT = {"day": (1., 1., 1.), "sunset": (1., .78, .66), "night": (.36, .40, .60)}   # multiplies every lit surface
-DISC = {"day": (255, 236, 130), "sunset": (255, 118, 60), "night": (240, 240, 220)}  # sun, setting sun, moon
-FOG = {"day": (.86, .88, .90), "sunset": (.88, .74, .66), "night": (.28, .31, .40)}
+HOUSE = {
+    "red": (206, 48, 44),
+    "blue": (56, 100, 208),
+    "yellow": (246, 204, 56),
+    "white": (244, 240, 230),
+    "purple": (146, 76, 178),
+}
+SKY = {
+    "day": ((92, 164, 232), (204, 232, 250)),
+    "sunset": ((122, 84, 150), (255, 170, 98)),
+    "night": ((10, 14, 46), (44, 56, 110)),
+}  # top, horizon
+LIGHT = {
+    "day": (1.0, 1.0, 1.0),
+    "sunset": (1.0, 0.78, 0.66),
+    "night": (0.36, 0.40, 0.60),
+}  # multiplies every lit surface
+DISC = {
+    "day": (255, 236, 130),
+    "sunset": (255, 118, 60),
+    "night": (240, 240, 220),
+}  # sun, setting sun, moon
+FOG = {"day": (0.86, 0.88, 0.90), "sunset": (0.88, 0.74, 0.66), "night": (0.28, 0.31, 0.40)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +98,19 @@ class Scene:
     weather: str
     house: str
     style: str
-    place: tuple        # house: left edge, base line, width, wall height
-    kind: str           # of all trees of a scene
-    trees: tuple        # of (x, base line, height)
-    hills: tuple        # phase and height of the far hills, phase and height of the near ground
-    disc: tuple         # x, y of sun or moon
-    clouds: tuple       # of (x, y, width)
-    bird: tuple         # () or (x, y)
-    phase: tuple        # where the pattern of rain, snow and stars begins
+    place: tuple  # house: left edge, base line, width, wall height
+    kind: str  # of all trees of a scene
+    trees: tuple  # of (x, base line, height)
+    hills: tuple  # phase and height of the far hills, phase and height of the near ground
+    disc: tuple  # x, y of sun or moon
+    clouds: tuple  # of (x, y, width)
+    bird: tuple  # () or (x, y)
+    phase: tuple  # where the pattern of rain, snow and stars begins
 
 
 def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
     """A random Scene from a numpy Generator; keyword arguments fix attributes or geometry."""
-    u = lambda low, high: round(float(rng.uniform(low, high)), 2)                   # noqa: E731
+    u = lambda low, high: round(float(rng.uniform(low, high)), 2)  # noqa: E731
     values = {k: str(rng.choice(v, p=WEIGHTS.get(k))) for k, v in ATTRIBUTES.items()}
     width = u(17, 23)
     left = u(4, 60 - width)
@@ -75,9 +120,17 @@ def sample_scene(rng: np.random.Generator, **fixed) -> Scene:
     xs = sorted(rng.choice(slots, count, replace=False))
     trees = tuple((u(x - 1.5, x + 1.5), u(45, 57), u(15, 22)) for x in xs)
     clouds = tuple((u(4, 60), u(6, 17), u(11, 18)) for _ in range(rng.integers(0, 3)))
-    scene = Scene(**values, place=place, kind=str(rng.choice(KINDS)), trees=trees,
-                  hills=(u(0, 6.28), u(25, 31), u(0, 6.28), u(38, 42)), disc=(u(8, 56), u(8, 15)), clouds=clouds,
-                  bird=(u(8, 56), u(10, 24)) if rng.random() < .25 else (), phase=(u(0, 16), u(0, 16)))
+    scene = Scene(
+        **values,
+        place=place,
+        kind=str(rng.choice(KINDS)),
+        trees=trees,
+        hills=(u(0, 6.28), u(25, 31), u(0, 6.28), u(38, 42)),
+        disc=(u(8, 56), u(8, 15)),
+        clouds=clouds,
+        bird=(u(8, 56), u(10, 24)) if rng.random() < 0.25 else (),
+        phase=(u(0, 16), u(0, 16)),
+    )
     return dataclasses.replace(scene, **fixed)
 
 
@@ -86,7 +139,7 @@ def _lit(colour, light):
 
 
 def _ridge(phase, height, wave):
-    x = np.arange(-4, 69, 2.)
+    x = np.arange(-4, 69, 2.0)
     y = height + 2.6 * np.sin(x / wave + phase) + 1.2 * np.sin(x / wave * 2.3 + 2 * phase)
     return list(zip(x, y)) + [(68, 68), (-4, 68)]
 
@@ -95,67 +148,83 @@ def _draw(scene, season, time, house, tau):
     """The clear, plain picture. -> (64, 64, 3) float in [0, 1]"""
     light, (ground, far, round_, poplar, pine, roof) = LIGHT[time], SEASON[season]
     n = SIZE * SCALE
-    fade = np.clip(np.arange(n)[:, None, None] / (.62 * n), 0, 1)
+    fade = np.clip(np.arange(n)[:, None, None] / (0.62 * n), 0, 1)
     top, low = np.array(SKY[time])
     sky = np.broadcast_to(top + (low - top) * fade, (n, n, 3)).astype(np.uint8)
     img = Image.fromarray(np.ascontiguousarray(sky))
     draw = ImageDraw.Draw(img)
-    s = lambda points: [(x * SCALE, y * SCALE) for x, y in points]                  # noqa: E731
-    box = lambda x0, y0, x1, y1: [x0 * SCALE, y0 * SCALE, x1 * SCALE - 1, y1 * SCALE - 1]   # noqa: E731
-    poly = lambda points, colour: draw.polygon(s(points), fill=_lit(colour, light))         # noqa: E731
-    rect = lambda *a, colour: draw.rectangle(box(*a), fill=_lit(colour, light))             # noqa: E731
-    oval = lambda *a, colour: draw.ellipse(box(*a), fill=_lit(colour, light))               # noqa: E731
+    s = lambda points: [(x * SCALE, y * SCALE) for x, y in points]  # noqa: E731
+    box = lambda x0, y0, x1, y1: [x0 * SCALE, y0 * SCALE, x1 * SCALE - 1, y1 * SCALE - 1]  # noqa: E731
+    poly = lambda points, colour: draw.polygon(s(points), fill=_lit(colour, light))  # noqa: E731
+    rect = lambda *a, colour: draw.rectangle(box(*a), fill=_lit(colour, light))  # noqa: E731
+    oval = lambda *a, colour: draw.ellipse(box(*a), fill=_lit(colour, light))  # noqa: E731
 
     if time == "night":
         for i in range(9):
             x, y = (i * 23.7 + 4 * scene.phase[0]) % 62 + 1, (i * 9.1 + scene.phase[1]) % 24 + 1
-            draw.ellipse(box(x - .6, y - .6, x + .6, y + .6), fill=(236, 236, 210))
+            draw.ellipse(box(x - 0.6, y - 0.6, x + 0.6, y + 0.6), fill=(236, 236, 210))
     x, y = (scene.disc[0] + 6 * tau) % 68, scene.disc[1] + (9 if time == "sunset" else 0)
-    r = {"day": 4.6, "sunset": 6.2, "night": 4.}[time]
+    r = {"day": 4.6, "sunset": 6.2, "night": 4.0}[time]
     draw.ellipse(box(x - r, y - r, x + r, y + r), fill=DISC[time])
     for x, y, w in scene.clouds:
         x = (x + 14 * tau + 12) % 88 - 12
-        for dx, dy, f in ((-.28, .06, .5), (.28, .06, .5), (0, -.06, .62)):
-            oval(x + w * (dx - f / 2), y + w * (dy - f / 3.4), x + w * (dx + f / 2), y + w * (dy + f / 3.4),
-                 colour=(250, 250, 252))
-    poly(_ridge(scene.hills[0], scene.hills[1], 11.), far)
-    poly(_ridge(scene.hills[2], scene.hills[3], 17.), ground)
+        for dx, dy, f in ((-0.28, 0.06, 0.5), (0.28, 0.06, 0.5), (0, -0.06, 0.62)):
+            oval(
+                x + w * (dx - f / 2),
+                y + w * (dy - f / 3.4),
+                x + w * (dx + f / 2),
+                y + w * (dy + f / 3.4),
+                colour=(250, 250, 252),
+            )
+    poly(_ridge(scene.hills[0], scene.hills[1], 11.0), far)
+    poly(_ridge(scene.hills[2], scene.hills[3], 17.0), ground)
 
     def tree(x, y, h):
         trunk = (104, 74, 52)
         if scene.kind == "pine":
-            rect(x - .9, y - 4, x + .9, y, colour=trunk)
+            rect(x - 0.9, y - 4, x + 0.9, y, colour=trunk)
             for k in range(3):
-                w, b = h * (.30 - .065 * k), y - 2.5 - h * .24 * k
-                poly([(x - w, b), (x + w, b), (x, b - h * .46)], pine)
+                w, b = h * (0.30 - 0.065 * k), y - 2.5 - h * 0.24 * k
+                poly([(x - w, b), (x + w, b), (x, b - h * 0.46)], pine)
                 if season == "winter":
-                    poly([(x - w * .52, b - h * .22), (x + w * .52, b - h * .22), (x, b - h * .46)], (248, 250, 255))
+                    poly(
+                        [
+                            (x - w * 0.52, b - h * 0.22),
+                            (x + w * 0.52, b - h * 0.22),
+                            (x, b - h * 0.46),
+                        ],
+                        (248, 250, 255),
+                    )
         elif scene.kind == "round":
-            rect(x - 1, y - h * .5, x + 1, y, colour=trunk)
-            oval(x - h * .29, y - h, x + h * .29, y - h * .36, colour=round_)
+            rect(x - 1, y - h * 0.5, x + 1, y, colour=trunk)
+            oval(x - h * 0.29, y - h, x + h * 0.29, y - h * 0.36, colour=round_)
         else:
-            rect(x - .8, y - h * .4, x + .8, y, colour=trunk)
-            oval(x - h * .15, y - h * 1.1, x + h * .15, y - h * .16, colour=poplar)
+            rect(x - 0.8, y - h * 0.4, x + 0.8, y, colour=trunk)
+            oval(x - h * 0.15, y - h * 1.1, x + h * 0.15, y - h * 0.16, colour=poplar)
 
     left, base, w, h = scene.place
 
     def building():
         right, eave = left + w, base - h
-        rect(left + w * .72, eave - 7.5, left + w * .86, eave, colour=(120, 100, 96))
+        rect(left + w * 0.72, eave - 7.5, left + w * 0.86, eave, colour=(120, 100, 96))
         rect(left, eave, right, base, colour=HOUSE[house])
-        poly([(left - 2, eave), (right + 2, eave), (left + w * .5, eave - 8.5)], roof)
-        rect(left + w * .42, base - h * .62, left + w * .60, base, colour=(92, 62, 46))
-        for f in (.13, .70):
-            x0, y0 = left + w * f, eave + h * .26
+        poly([(left - 2, eave), (right + 2, eave), (left + w * 0.5, eave - 8.5)], roof)
+        rect(left + w * 0.42, base - h * 0.62, left + w * 0.60, base, colour=(92, 62, 46))
+        for f in (0.13, 0.70):
+            x0, y0 = left + w * f, eave + h * 0.26
             pane = (255, 226, 120) if time == "night" else _lit((198, 226, 244), light)
-            draw.rectangle(box(x0, y0, x0 + w * .17, y0 + h * .32), fill=pane)
+            draw.rectangle(box(x0, y0, x0 + w * 0.17, y0 + h * 0.32), fill=pane)
 
     things = [(y, tree, (x, y, t)) for x, y, t in scene.trees] + [(base, building, ())]
     for _, thing, args in sorted(things, key=lambda item: item[0]):
         thing(*args)
     if scene.bird:
         x, y = (scene.bird[0] + 40 * tau) % 72 - 4, scene.bird[1]
-        draw.line(s([(x - 2.6, y - 1.4), (x, y), (x + 2.6, y - 1.4)]), fill=_lit((50, 46, 56), light), width=5)
+        draw.line(
+            s([(x - 2.6, y - 1.4), (x, y), (x + 2.6, y - 1.4)]),
+            fill=_lit((50, 46, 56), light),
+            width=5,
+        )
     return np.asarray(img.reduce(SCALE), np.float32) / 255
 
 
@@ -179,14 +248,16 @@ def _pattern(phase, weather, tau):
 def _weather(rgb, pattern, weather, time):
     """(..., 64, 64, 3) -> the same, in `weather`."""
     if weather == "fog":
-        depth = np.clip(1.25 - np.abs(np.arange(SIZE) - 30) / 44, .35, .8).astype(np.float32)[:, None, None]
+        depth = np.clip(1.25 - np.abs(np.arange(SIZE) - 30) / 44, 0.35, 0.8).astype(np.float32)[
+            :, None, None
+        ]
         return rgb + depth * (np.float32(FOG[time]) - rgb)
     if weather == "rain":
         grey = rgb.mean(-1, keepdims=True)
-        rgb = .74 * (.55 * rgb + .45 * grey) + np.float32((.02, .03, .06))
-        return rgb + .42 * pattern * (np.float32((.74, .80, .90)) - rgb)
+        rgb = 0.74 * (0.55 * rgb + 0.45 * grey) + np.float32((0.02, 0.03, 0.06))
+        return rgb + 0.42 * pattern * (np.float32((0.74, 0.80, 0.90)) - rgb)
     if weather == "snowfall":
-        return .88 * rgb + .06 + pattern * (np.float32(.97) - (.88 * rgb + .06))
+        return 0.88 * rgb + 0.06 + pattern * (np.float32(0.97) - (0.88 * rgb + 0.06))
     return rgb
 
 
@@ -194,161 +265,281 @@ def _style(rgb, style):
     """(..., 64, 64, 3) -> the same, drawn in `style`."""
     if style == "plain":
         return rgb
-    if style == "pixel":                                                # 4x4 blocks of stronger colour
+    if style == "pixel":  # 4x4 blocks of stronger colour
         blocks = rgb.reshape(*rgb.shape[:-3], SIZE // 4, 4, SIZE // 4, 4, 3).mean((-4, -2))
-        blocks = np.clip(.5 + 1.3 * (blocks - .5), 0, 1)
+        blocks = np.clip(0.5 + 1.3 * (blocks - 0.5), 0, 1)
         return blocks.repeat(4, -3).repeat(4, -2)
-    luma = rgb @ np.float32((.3, .59, .11))
+    luma = rgb @ np.float32((0.3, 0.59, 0.11))
     pad = np.pad(luma, [(0, 0)] * (luma.ndim - 2) + [(1, 1)] * 2, mode="edge")
     gx, gy = pad[..., 1:-1, 2:] - pad[..., 1:-1, :-2], pad[..., 2:, 1:-1] - pad[..., :-2, 1:-1]
     lines = np.clip(1.8 * np.sqrt(gx * gx + gy * gy), 0, 1)[..., None]
-    if style == "sketch":                                               # paper, a little colour, dark lines
-        paper = np.float32((.97, .95, .90))
-        return (paper + .42 * (rgb - 1)) * (1 - .75 * lines)
-    fill = np.float32((.07, .22, .50)) + .30 * luma[..., None] * np.float32((.5, .8, 1.)) + .10 * rgb
-    return fill + .85 * lines * (np.float32((.90, .96, 1.)) - fill)     # blueprint
+    if style == "sketch":  # paper, a little colour, dark lines
+        paper = np.float32((0.97, 0.95, 0.90))
+        return (paper + 0.42 * (rgb - 1)) * (1 - 0.75 * lines)
+    fill = (
+        np.float32((0.07, 0.22, 0.50))
+        + 0.30 * luma[..., None] * np.float32((0.5, 0.8, 1.0))
+        + 0.10 * rgb
+    )
+    return fill + 0.85 * lines * (np.float32((0.90, 0.96, 1.0)) - fill)  # blueprint
 
 
-def render(scene: Scene, tau: float = 0., falls: tuple[int, int] | None = None) -> np.ndarray:
+def render(scene: Scene, tau: float = 0.0, falls: tuple[int, int] | None = None) -> np.ndarray:
     """Draws a Scene at time tau (one second is 1.0). falls: phase of rain or snow, if not the scene's own. -> (64, 64, 3) uint8"""
     rgb = _draw(scene, scene.season, scene.time, scene.house, tau)
-    pattern = _pattern(falls or scene.phase, scene.weather, tau) if scene.weather in ("rain", "snowfall") else 0.
+    pattern = (
+        _pattern(falls or scene.phase, scene.weather, tau)
+        if scene.weather in ("rain", "snowfall")
+        else 0.0
+    )
     return _bytes(_style(_weather(rgb, pattern, scene.weather, scene.time), scene.style))
 
 
 def _bytes(rgb):
-    return (np.clip(rgb, 0, 1) * 255 + .5).astype(np.uint8)
+    return (np.clip(rgb, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def judge(scene: Scene, images: np.ndarray, tau: float = 0., falls: tuple[int, int] | None = None) -> list[dict]:
+def judge(
+    scene: Scene, images: np.ndarray, tau: float = 0.0, falls: tuple[int, int] | None = None
+) -> list[dict]:
     """Reads the attributes of pictures that share a Scene's geometry: the nearest (least squared error) of all
     960 combinations drawn for it. falls: phase of rain and snow in all of these, if not the scene's own. images: (n, 64, 64, 3)
     uint8 -> list of n dicts."""
     names, drawn = [], []
-    patterns = {w: _pattern(falls or scene.phase, w, tau) for w in ("rain", "snowfall")} | {"clear": 0., "fog": 0.}
-    for time, weather, style in itertools.product(*(ATTRIBUTES[k] for k in ("time", "weather", "style"))):
-        names.append([(s, time, weather, h, style) for s in ATTRIBUTES["season"] for h in ATTRIBUTES["house"]])
-    plain = {t: np.stack([_draw(scene, s, t, h, tau) for s in ATTRIBUTES["season"] for h in ATTRIBUTES["house"]])
-             for t in ATTRIBUTES["time"]}
+    patterns = {w: _pattern(falls or scene.phase, w, tau) for w in ("rain", "snowfall")} | {
+        "clear": 0.0,
+        "fog": 0.0,
+    }
+    for time, weather, style in itertools.product(
+        *(ATTRIBUTES[k] for k in ("time", "weather", "style"))
+    ):
+        names.append(
+            [
+                (s, time, weather, h, style)
+                for s in ATTRIBUTES["season"]
+                for h in ATTRIBUTES["house"]
+            ]
+        )
+    plain = {
+        t: np.stack(
+            [_draw(scene, s, t, h, tau) for s in ATTRIBUTES["season"] for h in ATTRIBUTES["house"]]
+        )
+        for t in ATTRIBUTES["time"]
+    }
     images = np.asarray(images, np.float32).reshape(len(images), -1) / 255
     for group in names:
         _, time, weather, _, style = group[0]
-        drawn.append(_style(_weather(plain[time], patterns[weather], weather, time), style).reshape(len(group), -1))
+        drawn.append(
+            _style(_weather(plain[time], patterns[weather], weather, time), style).reshape(
+                len(group), -1
+            )
+        )
     names, drawn = sum(names, []), np.clip(np.concatenate(drawn), 0, 1)
-    error = (drawn ** 2).sum(1) - 2 * images @ drawn.T                              # |image|^2 is the same for all
+    error = (drawn**2).sum(1) - 2 * images @ drawn.T  # |image|^2 is the same for all
     return [dict(zip(ATTRIBUTES, names[i])) for i in error.argmin(1)]
 
 
 # ---- words -----------------------------------------------------------------------------------------------------
 NUMBER = ("no", "a", "two", "three", "four")
-TREE = {"pine": ("pine tree", "pine"), "round": ("round tree", "leafy tree"), "poplar": ("poplar tree", "poplar")}
-SEASON_WORDS = {"spring": ("spring",), "summer": ("summer",), "autumn": ("autumn", "fall"), "winter": ("winter",)}
-TIME_WORDS = {"day": ("at noon", "by day", "in daylight"), "sunset": ("at sunset", "at dusk"),
-              "night": ("at night", "by night")}
-WEATHER_WORDS = {"clear": ("in clear weather", "under a clear sky"), "fog": ("in fog", "in foggy weather"),
-                 "rain": ("in the rain", "in rainy weather"), "snowfall": ("in snowfall", "in snowy weather")}
-STYLE_WORDS = {"plain": ("a picture of ", "a painting of "), "sketch": ("a pencil sketch of ", "a pencil drawing of "),
-               "pixel": ("pixel art of ", "a pixel art picture of "), "blueprint": ("a blueprint of ",)}
+TREE = {
+    "pine": ("pine tree", "pine"),
+    "round": ("round tree", "leafy tree"),
+    "poplar": ("poplar tree", "poplar"),
+}
+SEASON_WORDS = {
+    "spring": ("spring",),
+    "summer": ("summer",),
+    "autumn": ("autumn", "fall"),
+    "winter": ("winter",),
+}
+TIME_WORDS = {
+    "day": ("at noon", "by day", "in daylight"),
+    "sunset": ("at sunset", "at dusk"),
+    "night": ("at night", "by night"),
+}
+WEATHER_WORDS = {
+    "clear": ("in clear weather", "under a clear sky"),
+    "fog": ("in fog", "in foggy weather"),
+    "rain": ("in the rain", "in rainy weather"),
+    "snowfall": ("in snowfall", "in snowy weather"),
+}
+STYLE_WORDS = {
+    "plain": ("a picture of ", "a painting of "),
+    "sketch": ("a pencil sketch of ", "a pencil drawing of "),
+    "pixel": ("pixel art of ", "a pixel art picture of "),
+    "blueprint": ("a blueprint of ",),
+}
 
 
-def caption(scene: Scene, rng: np.random.Generator, drop: float = .2) -> str:
+def caption(scene: Scene, rng: np.random.Generator, drop: float = 0.2) -> str:
     """Describes a Scene in varied words; each attribute is left out with probability `drop`."""
-    pick = lambda options: str(options[rng.integers(len(options))])                 # noqa: E731
-    keep = lambda: rng.random() >= drop                                             # noqa: E731
-    size = pick(("small ", "little ")) if scene.place[2] < 18.5 else pick(("big ", "large ")) if scene.place[2] > 21.5 \
+    pick = lambda options: str(options[rng.integers(len(options))])  # noqa: E731
+    keep = lambda: rng.random() >= drop  # noqa: E731
+    size = (
+        pick(("small ", "little "))
+        if scene.place[2] < 18.5
+        else pick(("big ", "large "))
+        if scene.place[2] > 21.5
         else ""
-    house = "a " + (size if rng.random() < .3 else "") + (scene.house + " " if keep() else "") + "house"
+    )
+    house = (
+        "a "
+        + (size if rng.random() < 0.3 else "")
+        + (scene.house + " " if keep() else "")
+        + "house"
+    )
     if keep():
         n, word = len(scene.trees), pick(TREE[scene.kind])
-        trees = pick(("without trees", "with no trees")) if n == 0 else \
-            pick(("with ", "by ", "next to ", "beside ")) + NUMBER[n] + " " + word + "s" * (n > 1)
+        trees = (
+            pick(("without trees", "with no trees"))
+            if n == 0
+            else pick(("with ", "by ", "next to ", "beside "))
+            + NUMBER[n]
+            + " "
+            + word
+            + "s" * (n > 1)
+        )
         house += " " + trees
     place = []
     if keep():
         word = pick(SEASON_WORDS[scene.season])
-        place.append(pick((f"in {word}", f"in the {word}", f"on a {word} day") if scene.time == "day" else
-                          (f"in {word}", f"in the {word}")))
+        place.append(
+            pick(
+                (f"in {word}", f"in the {word}", f"on a {word} day")
+                if scene.time == "day"
+                else (f"in {word}", f"in the {word}")
+            )
+        )
     if keep():
         place.append(pick(TIME_WORDS[scene.time]))
-    if keep() and (scene.weather != "clear" or rng.random() < .4):
+    if keep() and (scene.weather != "clear" or rng.random() < 0.4):
         place.append(pick(WEATHER_WORDS[scene.weather]))
     order = rng.permutation(len(place))
     text = " ".join([house] + [place[i] for i in order])
-    if place and rng.random() < .15:                                                # "in winter at night a red house"
+    if place and rng.random() < 0.15:  # "in winter at night a red house"
         text = " ".join([place[i] for i in order] + [house])
     if scene.style != "plain":
-        return (pick(STYLE_WORDS[scene.style]) if rng.random() < .9 else "") + text
-    return (pick(STYLE_WORDS["plain"]) if rng.random() < .2 else "") + text
+        return (pick(STYLE_WORDS[scene.style]) if rng.random() < 0.9 else "") + text
+    return (pick(STYLE_WORDS["plain"]) if rng.random() < 0.2 else "") + text
 
 
-ANY, SEEN, UNSEEN = slice(None), slice(-1), slice(-1, None)         # of the wordings of an instruction: the last is kept for tests
+ANY, SEEN, UNSEEN = (
+    slice(None),
+    slice(-1),
+    slice(-1, None),
+)  # of the wordings of an instruction: the last is kept for tests
 
 
 def instruction(kind: str, value, rng: np.random.Generator, wordings: slice = ANY) -> str:
     """A wish for `kind` (an attribute, or trees: a Scene's number and kind of them) to become `value`, in varied words."""
-    pick = lambda options: str(options[rng.integers(len(options))])                 # noqa: E731
-    say = lambda *options: pick(options[wordings])                                  # noqa: E731
+    pick = lambda options: str(options[rng.integers(len(options))])  # noqa: E731
+    say = lambda *options: pick(options[wordings])  # noqa: E731
     if kind == "house":
-        return say(f"paint the house {value}", f"make the house {value}", f"make it a {value} house",
-                   f"turn the house {value}", f"change the house to {value}")
+        return say(
+            f"paint the house {value}",
+            f"make the house {value}",
+            f"make it a {value} house",
+            f"turn the house {value}",
+            f"change the house to {value}",
+        )
     if kind == "season":
         word = pick(SEASON_WORDS[value])
-        return say(f"make it {word}", f"turn it into {word}", f"change it to {word}", f"make it a {word} scene",
-                   f"change the season to {word}", f"make it look like {word}")
+        return say(
+            f"make it {word}",
+            f"turn it into {word}",
+            f"change it to {word}",
+            f"make it a {word} scene",
+            f"change the season to {word}",
+            f"make it look like {word}",
+        )
     if kind == "time":
-        word = {"day": ("day", "daytime", "noon"), "sunset": ("sunset", "dusk"), "night": ("night",)}[value]
+        word = {
+            "day": ("day", "daytime", "noon"),
+            "sunset": ("sunset", "dusk"),
+            "night": ("night",),
+        }[value]
         return say("make it ", "turn it into ", "change it to ", "change the time to ") + pick(word)
     if kind == "weather":
-        word = {"clear": ("clear", "clear weather"), "fog": ("foggy", "foggy weather"),
-                "rain": ("rainy", "rainy weather"), "snowfall": ("snowy", "snowy weather")}[value]
-        return say("make it ", "change the weather to ") + pick(word) if rng.random() < .7 or wordings == UNSEEN else \
-            {"clear": "clear the sky", "fog": "add fog", "rain": "make it rain", "snowfall": "add snowfall"}[value]
+        word = {
+            "clear": ("clear", "clear weather"),
+            "fog": ("foggy", "foggy weather"),
+            "rain": ("rainy", "rainy weather"),
+            "snowfall": ("snowy", "snowy weather"),
+        }[value]
+        return (
+            say("make it ", "change the weather to ") + pick(word)
+            if rng.random() < 0.7 or wordings == UNSEEN
+            else {
+                "clear": "clear the sky",
+                "fog": "add fog",
+                "rain": "make it rain",
+                "snowfall": "add snowfall",
+            }[value]
+        )
     if kind == "trees":
         number, word = value
         if number == 0:
             return say("remove the trees", "remove all trees", "make it a house without trees")
         trees = NUMBER[number] + " " + TREE[word][0] + "s" * (number > 1)
         return say(f"add {trees}", f"put {trees} by the house", f"make it a house with {trees}")
-    word = {"plain": ("a painting", "a picture"), "sketch": ("a pencil sketch", "a pencil drawing"),
-            "pixel": ("pixel art",), "blueprint": ("a blueprint",)}[value]
+    word = {
+        "plain": ("a painting", "a picture"),
+        "sketch": ("a pencil sketch", "a pencil drawing"),
+        "pixel": ("pixel art",),
+        "blueprint": ("a blueprint",),
+    }[value]
     return say("make it ", "turn it into ", "change it to ") + pick(word)
 
 
 def wish(scene: Scene, rng: np.random.Generator) -> str:
     """A caption phrased as a wish ("make it winter and paint the house red"): what instructions look like to CLIP."""
-    if rng.random() < .3:
-        return "make it " + caption(scene, rng, drop=.4)
-    kinds = rng.permutation([k for k in ATTRIBUTES if getattr(scene, k) not in ("plain", "clear") or rng.random() < .3])
-    return " and ".join(instruction(k, getattr(scene, k), rng) for k in kinds[:rng.integers(1, 4)])
+    if rng.random() < 0.3:
+        return "make it " + caption(scene, rng, drop=0.4)
+    kinds = rng.permutation(
+        [k for k in ATTRIBUTES if getattr(scene, k) not in ("plain", "clear") or rng.random() < 0.3]
+    )
+    return " and ".join(instruction(k, getattr(scene, k), rng) for k in kinds[: rng.integers(1, 4)])
 
 
 # ---- pages and folders -----------------------------------------------------------------------------------------
 def sheet(rows: list[list[np.ndarray]], scale: int = 2, gap: int = 4) -> Image.Image:
     """rows: list of equally long lists of (h, w, 3) uint8 -> one PIL picture."""
     h, w = rows[0][0].shape[:2]
-    page = np.full((len(rows) * (h + gap) + gap, max(map(len, rows)) * (w + gap) + gap, 3), 255, np.uint8)
+    page = np.full(
+        (len(rows) * (h + gap) + gap, max(map(len, rows)) * (w + gap) + gap, 3), 255, np.uint8
+    )
     for i, j in itertools.product(range(len(rows)), range(len(rows[0]))):
         if j < len(rows[i]):
-            page[gap + i * (h + gap):gap + i * (h + gap) + h, gap + j * (w + gap):gap + j * (w + gap) + w] = rows[i][j]
-    return Image.fromarray(page).resize((page.shape[1] * scale, page.shape[0] * scale), Image.NEAREST)
+            page[
+                gap + i * (h + gap) : gap + i * (h + gap) + h,
+                gap + j * (w + gap) : gap + j * (w + gap) + w,
+            ] = rows[i][j]
+    return Image.fromarray(page).resize(
+        (page.shape[1] * scale, page.shape[0] * scale), Image.NEAREST
+    )
 
 
 def _world(rng):
     rows = []
     for _ in range(6):
         scene = sample_scene(rng, style="plain", weather="clear")
-        change = lambda **k: render(dataclasses.replace(scene, **k))                # noqa: E731
-        rows.append([render(scene)] + [change(season=s) for s in ATTRIBUTES["season"]] +
-                    [change(time=t) for t in ATTRIBUTES["time"]] +
-                    [change(weather=w) for w in ATTRIBUTES["weather"][1:]] +
-                    [change(house=h) for h in ATTRIBUTES["house"]] +
-                    [change(style=s) for s in ATTRIBUTES["style"][1:]])
+        change = lambda **k: render(dataclasses.replace(scene, **k))  # noqa: E731
+        rows.append(
+            [render(scene)]
+            + [change(season=s) for s in ATTRIBUTES["season"]]
+            + [change(time=t) for t in ATTRIBUTES["time"]]
+            + [change(weather=w) for w in ATTRIBUTES["weather"][1:]]
+            + [change(house=h) for h in ATTRIBUTES["house"]]
+            + [change(style=s) for s in ATTRIBUTES["style"][1:]]
+        )
     return sheet(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", help="a .png for a page of the world, or a folder to fill with pictures and captions")
+    parser.add_argument(
+        "out", help="a .png for a page of the world, or a folder to fill with pictures and captions"
+    )
     parser.add_argument("--n", type=int, default=96)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--frames", type=int, default=1, help="above 1: of clips (animated WebP)")
@@ -362,8 +553,20 @@ def main():
         scene = sample_scene(rng, season=seasons[i % len(seasons)], style="plain")
         name = f"{i:03d}.{'webp' if args.frames > 1 else 'png'}"
         first, *others = (Image.fromarray(render(scene, k / 8)) for k in range(args.frames))
-        first.save(out / name, **dict(save_all=True, append_images=others, duration=125, lossless=True, quality=100, method=6) if others else {})
-        lines.append(json.dumps({"file_name": name, "text": caption(scene, rng, drop=0.)}))
+        first.save(
+            out / name,
+            **dict(
+                save_all=True,
+                append_images=others,
+                duration=125,
+                lossless=True,
+                quality=100,
+                method=6,
+            )
+            if others
+            else {},
+        )
+        lines.append(json.dumps({"file_name": name, "text": caption(scene, rng, drop=0.0)}))
     (out / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 

@@ -1,247 +1,133 @@
-"""The three signals of ByG and the step that adds them up (Algorithm 1, Eq. 2 to 5)."""
+"""The three signals of ByG and the step that adds them up: Algorithm 1, Eq. 2 to 5.
 
-import argparse
+One set of weights, three roles: model(y, t, caption) is the frozen base, here the *teacher*;
+model(y, t, instr, x, adapter) is the *editor*, which gets the gradient; and the editor with the
+moving average of the adapter is the *bootstrap*, whose own edits are the states to train on.
+"""
+
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import Batch
 from model import Adapter, MMDiT, Prompt
-from routing import rollout, route, steady
+from routing import editor, rollout, route
+
+ALPHA = (
+    0.1  # weight of the anchor in the cosine cue; not published, both re-implementations take it
+)
 
 
-def cosine_cue(v: Tensor, v_src: Tensor, v_tgt: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """The paper's cue, Eq. 2: 1 - cos(v - v_src, d) + alpha mean (v - v_tgt)^2, with d = v_tgt - v_src what the text changes.
-    All (B, C, H, W) -> loss, mean cosine in [-1, 1]"""
-    v, v_src, v_tgt = (a.float().flatten(1) for a in (v, v_src, v_tgt))
-    cos = F.cosine_similarity(v - v_src, v_tgt - v_src, dim=1).mean()
-    return 1 - cos + alpha * F.mse_loss(v, v_tgt), cos.detach()
+@torch.no_grad()
+def teacher(model: MMDiT, t: Tensor, *queries: tuple[Tensor, Prompt]) -> list[Tensor]:
+    """The frozen base, without adapter and source, on several (state, caption), as one batch.
+    Each state (B, C, H, W), t (B,) -> a velocity (B, C, H, W) for each query"""
+    y = torch.cat([state for state, _ in queries])  # (Q B, C, H, W)
+    context, pooled = (torch.cat(part) for part in zip(*[caption for _, caption in queries]))
+    v = model(y, t.repeat(len(queries)), (context, pooled))
+    return v.float().chunk(len(queries))
 
 
 def fade(guidance: float, t: Tensor) -> Tensor:
-    """The target's guidance at t: full below .72, none above .92. Measured to be better (bench/cue.py); our reading: up there
-    the base hardly sees the house, and guidance amplifies what it imagines instead (in sampling: arXiv 2404.07724). t (B,) -> (B, 1, 1, 1)"""
-    return 1 + (guidance - 1) * ((0.92 - t[:, None, None, None]) / 0.2).clamp(0, 1)
+    """Guidance at t: full below 0.72, none above 0.92, where the base hardly sees the picture and
+    guidance would amplify what it imagines (arXiv 2404.07724 finds so in sampling); without
+    fading 5 points fewer succeed. t (B,) -> (B, 1, 1, 1)"""
+    share = ((0.92 - t) / 0.2).clamp(0, 1)
+    return (1 + (guidance - 1) * share)[:, None, None, None]
 
 
-def delta_change(
-    v_src: Tensor,
-    v_tgt: Tensor,
-    x: Tensor,
-    x_t: Tensor,
-    y_t: Tensor,
-    t: Tensor,
-    sure: Tensor | float = 0.0,
-) -> Tensor:
-    """What the text changes. The edit y is right when the base errs on it as on the source: v_tgt - (eps - y) = v_src - (eps - x).
+def change_of(model: MMDiT, batch: Batch, y_t: Tensor, x_t: Tensor, t: Tensor, guidance: float):
+    """What the text changes: d = v_tgt(y') - v_src(x'), both states under the noise of the cue.
 
-    The base's v_src is a blurry mean while the editor sees a sharp source: measured from v_src even the perfect edit is not
-    parallel to d. So v_src is asked at the noised source x_t, v_tgt at y_t, the edit under the same noise: the base's blur cancels in
-    d (Delta Denoising Score, arXiv 2304.07090; FlowEdit, 2412.08629). w = |d|^2 / (|d|^2 + |e|^2), at each place, is the trust in d:
-    where e, the base's error on the source, is as large as what the text changes, the base does not see what stands there, and
-    would paint winter over the house. It thins out what has nothing to do with what stands there, as snowfall: there sure = 1 makes w = 1.
-    v_src, v_tgt, x, x_t, y_t (B, C, H, W), t (B,) in (0, 1], sure (B, 1, 1, 1) -> the wanted change w d of the velocity (B, C, H, W)
-    """
-    s = t[:, None, None, None]
-    x_src, y_tgt = x_t - s * v_src, y_t - s * v_tgt  # what the base takes the clean pictures for
-    d, e = (
-        F.avg_pool2d(a.square().mean(1, keepdim=True), 3, 1, 1, count_include_pad=False)
-        for a in (y_tgt - x_src, x - x_src)
+    The edit is right when the base errs on it as on the source, each under its own caption:
+    v_tgt(y') - (eps' - y) = v_src(x') - (eps' - x). So the base's blur cancels (Delta Denoising
+    Score, arXiv 2304.07090; FlowEdit, 2412.08629). y_t, x_t (B, C, H, W), t (B,) -> (B, C, H, W)"""
+    renoise = t[:, None, None, None] * (batch.eps_cue - batch.eps)  # another noise, the same t
+    y_c, x_c = y_t + renoise, x_t + renoise
+    v_src, v_tgt, v_null = teacher(model, t, (x_c, batch.src), (y_c, batch.tgt), (y_c, batch.null))
+    w = fade(guidance, t)
+    return v_null + w * (v_tgt - v_null) - v_src
+
+
+def delta_cue(model, batch, y_t, x_t, t, v_fwd, v_rev, guidance: float) -> tuple[Tensor, Tensor]:
+    """The default cue: v_fwd must lead back to the source, eps - x, plus what the text changes.
+    There is none for the way back, whose target the cycle knows exactly: the source.
+    -> loss, mean cosine of the edit with the change, in [-1, 1]"""
+    change = change_of(model, batch, y_t, x_t, t, guidance)
+    v_x = batch.eps - batch.x
+    cos = F.cosine_similarity((v_fwd - v_x).flatten(1), change.flatten(1))
+    return F.mse_loss(v_fwd, v_x + change), cos.mean()
+
+
+def cosine_cue(model, batch, y_t, x_t, t, v_fwd, v_rev) -> tuple[Tensor, Tensor]:
+    """The paper's cue: Eq. 2 on the way there (step 4) and, with the captions swapped, on the way
+    back (step 7). No guidance: it would scale the direction, which the cosine cannot see.
+    -> loss, mean cosine of the edit with the direction, in [-1, 1]"""
+    v_src, v_tgt, u_src, u_tgt = teacher(
+        model, t, (y_t, batch.src), (y_t, batch.tgt), (x_t, batch.src), (x_t, batch.tgt)
     )
-    return (d / (d + e)).clamp(min=sure) * (v_tgt - v_src)
+    there, cos = direction_loss(v_fwd, v_src, v_tgt)
+    back, _ = direction_loss(v_rev, u_tgt, u_src)
+    return there + back, cos
 
 
-def delta_cue(v: Tensor, v_x: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
-    """The cue of the embedded recipe: v must be v_x, which leads back to the source, plus the wanted change.
-    v, v_x, change (B, C, H, W) -> loss, mean cosine of the edit with the change in [-1, 1]"""
-    cos = F.cosine_similarity((v - v_x).flatten(1), change.flatten(1), dim=1)
-    return F.mse_loss(v, v_x + change), cos.mean().detach()
+def direction_loss(v: Tensor, v_src: Tensor, v_tgt: Tensor) -> tuple[Tensor, Tensor]:
+    """All (B, C, H, W) -> L_prior = L_dir + ALPHA L_mse (Eq. 2), mean cosine in [-1, 1]"""
+    cos = F.cosine_similarity((v - v_src).flatten(1), (v_tgt - v_src).flatten(1)).mean()
+    return 1 - cos + ALPHA * F.mse_loss(v, v_tgt), cos  # Eq. 2
 
 
-@torch.no_grad()
-def teacher(model: MMDiT, queries: list[tuple], null: Prompt) -> list[Tensor]:
-    """The frozen base on several (state, prompt, guidance w), state = (y, t), in one batch: v = v(null) + w (v(p) - v(null)).
-
-    w, the same for all queries of a state, is a number or (B, 1, 1, 1); None: v(p) alone. v(null) is asked once for a state and, of
-    a tensor w, only where it is not 1. -> list of (B, C, H, W)"""
-    nulls = {
-        id(s): (s, (w != 1).flatten() if torch.is_tensor(w) else slice(None))
-        for s, _, w in queries
-        if w is not None
-    }
-    parts = [(*s, *p) for s, p, _ in queries] + [
-        tuple(a[m] for a in (*s, *null)) for s, m in nulls.values()
-    ]
-    y, t, *prompt = (torch.cat(a) for a in zip(*parts))
-    v = model(y, t, prompt).float().split([len(part[0]) for part in parts])
-    v_null = dict(zip(nulls, v[len(queries) :]))
-    for u, (s, _, w) in zip(v, queries):
-        if w is not None:
-            m = nulls[id(s)][1]
-            u[m] = v_null[id(s)] + (w[m] if torch.is_tensor(w) else w) * (u[m] - v_null[id(s)])
-    return v[: len(queries)]
-
-
-@torch.no_grad()
-def follow(
-    model: MMDiT,
-    x: Tensor,
-    prompts: dict[str, Prompt],
-    guidance: Callable,
-    ts: Tensor,
-    generator: torch.Generator,
-    draws: int = 2,
-    own_noise: Tensor | None = None,
-) -> Tensor:
-    """An edit without an editor: begins as the source and takes, at each of the times ts, the change that the delta cue asks for, under
-    fresh noise each time, the mean over `draws`, of which each second has the negative of the noise before it. So FlowEdit (arXiv
-    2412.08629) goes, too. Above t = .9 only the change's mean over the picture is taken, of one draw: up there the base sees how light a
-    picture is, which night needs, but not where its house stands.
-
-    own_noise (B,) bool: where true, one noise all the way and the cue is sure: of what begins at random places the mean is none at all.
-    x (B, C, H, W) source; prompts: src, tgt, null; guidance(t (B,)) -> (B, 1, 1, 1) -> the edit (B, C, H, W)"""
-    y, first, eps = x, None, None
-    own = (
-        torch.zeros(len(x), 1, 1, 1, dtype=torch.bool)
-        if own_noise is None
-        else own_noise[:, None, None, None]
-    )
-    for t, t_next in zip(ts[:-1], ts[1:]):
-        changes, times = [], t.repeat(len(x)).to(x.device)
-        for draw in range(
-            1 if t > 0.9 or own.all() else draws
-        ):  # under one noise every draw is the same
-            eps = -eps if draw % 2 else torch.randn(x.shape, generator=generator)
-            first = eps if first is None else first
-            x_t = torch.lerp(x, torch.where(own, first, eps).to(x.device), t.to(x.device))
-            y_t = y + x_t - x  # the state of a straight path from eps to y
-            v_src, v_tgt = teacher(
-                model,
-                [
-                    ((x_t, times), prompts["src"], None),
-                    ((y_t, times), prompts["tgt"], guidance(times)),
-                ],
-                prompts["null"],
-            )
-            changes.append(delta_change(v_src, v_tgt, x, x_t, y_t, times, own.to(x)))
-        change = sum(changes) / len(changes)
-        y = y - (t - t_next) * (change.mean((2, 3), keepdim=True) if t > 0.9 else change)
-    return y
-
-
-def identity_loss(
-    model: MMDiT,
-    adapter: Adapter,
-    x: Tensor,
-    x_t: Tensor,
-    t: Tensor,
-    v: Tensor,
-    undo: Prompt,
-    frames: int = 1,
-) -> Tensor:
-    """The source already satisfies the reverse instruction, so nothing may change."""
-    return F.mse_loss(model(x_t, t, undo, x, adapter, frames).float(), v)
+def identity_loss(model: MMDiT, adapter: Adapter, batch: Batch, ts: Tensor) -> Tensor:
+    """Step 8: the source already satisfies the reverse instruction, so nothing may change. It
+    teaches the editor to use its condition. -> loss"""
+    x, eps, t = batch.x, batch.eps, ts[batch.k]
+    x_t = torch.lerp(x, eps, t[:, None, None, None])
+    v = model(x_t, t, batch.undo, x, adapter, batch.frames)
+    return F.mse_loss(v.float(), eps - x)
 
 
 def byg_loss(
     model: MMDiT,
     adapter: Adapter,
     average: Adapter,
-    x: Tensor,
-    prompts: dict[str, Prompt],
-    eps: Tensor,
-    eps_cue: Tensor,
-    k: Tensor,
+    batch: Batch,
     ts: Tensor,
-    o: argparse.Namespace,
-    known: Tensor | None = None,
+    cue: Callable,
+    prior: float = 1.0,
+    cycle: float = 1.0,
+    routing: str = "ste",
+    bootstrap: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Everything of Algorithm 1 but identity, for one batch. Adapters may be `merged`.
+    """A step of Algorithm 1; its step 8, identity, is a graph of its own with its own backward.
 
-    x, eps (B, C, H, W) clean source latent and noise: B / o.states trajectories, repeated o.states times; prompts: dict of (context,
-    pooled) for src, tgt, instr, undo, null; eps_cue (B, C, H, W): noise for the delta cue, fresh, or eps for what begins at random places
-    (then the cue is sure, too); k (B,) node of the time grid ts for each sample; average: the averaged adapter of the bootstrap; o: options
-    frames (samples that are one clip), states, routing, bootstrap, cue, antithetic (the delta cue is the mean under eps_cue and -eps_cue), alpha,
-    guidance, cycle, prior, reverse; known (B, C, H, W): edits to imitate, from `follow`, instead of rollout and teacher.
-    -> loss, dict of figures
-    """
-    instr, undo, src, tgt = (prompts[p] for p in ("instr", "undo", "src", "tgt"))
-    t = ts.to(x.device)[k]  # (B,)
-    s = t[:, None, None, None]
-    x_t = (1 - s) * x + s * eps
-    first = slice(
-        len(x) // o.states
-    )  # the trajectories; the rest of the batch are more states of the same
-    part = lambda p: tuple(a[first] for a in p)
-    reverse = o.reverse if o.cue == "cosine" else 0  # the reverse cue: captions swapped
-    w = None if o.guidance == 1 else o.guidance
+    adapter and average (may be `merged`), ts (n + 1,) the time grid, cue: delta_cue or cosine_cue;
+    prior, cycle: weights of Eq. 5; routing: see `route`; bootstrap=False: train on noised sources.
+    -> loss, figures for the log"""
+    x, eps, t = batch.x, batch.eps, ts[batch.k]  # (B, C, H, W), (B, C, H, W), (B,)
+    s = t[:, None, None, None]  # (B, 1, 1, 1)
+    x_t = torch.lerp(x, eps, s)  # 1. the noised source; its velocity is eps - x
 
-    def own_rollout(a):
-        velocity = lambda y, t: model(y, t, part(instr), x[first], a, o.frames)
-        return rollout(steady(velocity, x[first], o.frames), eps[first], ts, k.to(x.device))
-
-    y_0 = known
-    if known is not None:
-        y_t = torch.lerp(known, eps, s)
-    elif o.bootstrap:
+    y_t, y_0 = x_t, None  # 2. bootstrap: the average's own edit, at t and at its clean end
+    if bootstrap:
         with torch.no_grad():
-            y_t, y_0 = own_rollout(average)
-    else:
-        y_t = x_t  # the ablation: the editor only ever meets the noised source
-    if known is not None:
-        change = x - known  # of the velocity, from eps - x to eps - known
-    elif o.cue == "delta":  # the same states under eps_cue: if fresh, the editor cannot know it
-        sure = (eps_cue == eps).flatten(1).all(1)[:, None, None, None]
-        noises = [eps_cue] + [
-            torch.where(sure, eps, -eps_cue)
-        ] * o.antithetic  # what is odd in the noise cancels in the mean
-        at = [[(z + s * (e - eps), t) for z in (x_t, y_t)] for e in noises]
-        v = iter(
-            teacher(
-                model,
-                [
-                    q
-                    for at_x, at_y in at
-                    for q in ((at_x, src, None), (at_y, tgt, w and fade(w, t)))
-                ],
-                prompts["null"],
+            y_t, y_0 = rollout(
+                editor(model, average, batch.instr, x, batch.frames), eps, ts, batch.k
             )
-        )
-        change = sum(
-            delta_change(next(v), next(v), x, at_x[0], at_y[0], t, sure.float())
-            for at_x, at_y in at
-        ) / len(at)
-    else:
-        at_y, at_x = (y_t, t), (x_t, t)
-        v_src, v_tgt, *u = teacher(
-            model,
-            [(z, p, w) for z in (at_y, at_x)[: 1 + bool(reverse)] for p in (src, tgt)],
-            prompts["null"],
-        )
+    if routing == "backprop":
+        _, y_0 = rollout(editor(model, adapter, batch.instr, x, batch.frames), eps, ts, batch.k)
 
-    v_fwd = model(y_t, t, instr, x, adapter, o.frames).float()  # forward edit
-    y_hat = y_t - s * v_fwd
-    if y_0 is None:  # nothing was rolled out
-        y_0 = y_hat
-    if o.cue == "delta":
-        prior, cos = delta_cue(v_fwd, eps - x, change)
-    else:
-        prior, cos = cosine_cue(v_fwd, v_src, v_tgt, o.alpha)
-        if o.cue == "anchor":  # the ablation: v_tgt alone, no direction
-            prior = F.mse_loss(v_fwd, v_tgt)
-    loss, figures = o.prior * prior, {"prior": prior.detach(), "cos": cos}  # Eq. 5
-    if not (o.cycle or reverse):
-        return loss, figures
+    v_fwd = model(y_t, t, batch.instr, x, adapter, batch.frames).float()  # 3. forward edit
+    y_hat = y_t - s * v_fwd  # finished in one step
 
-    if known is None and o.routing == "backprop":
-        y_0 = own_rollout(adapter)[1]
-    v_rev = model(
-        x_t, t, undo, route(o.routing, y_hat, y_0), adapter, o.frames
-    ).float()  # and back (Eq. 3)
-    cycle = F.mse_loss(v_rev, eps - x)
-    loss, figures["cycle"] = loss + o.cycle * cycle, cycle.detach()
-    if reverse:
-        prior_rev, figures["cos_rev"] = cosine_cue(v_rev, u[1], u[0], o.alpha)
-        loss, figures["prior_rev"] = loss + reverse * prior_rev, prior_rev.detach()
-    return loss, figures
+    y_hyb = route(routing, y_hat, y_0)  # 5. gradient routing (Eq. 4)
+    v_rev = model(x_t, t, batch.undo, y_hyb, adapter, batch.frames).float()  # 6. and back
+    loss_cycle = F.mse_loss(v_rev, eps - x)  # Eq. 3
+
+    # 4, 7. teacher cue (Eq. 2): all queries of both ways in one batch, hence after both
+    loss_prior, cos = cue(model, batch, y_t, x_t, t, v_fwd, v_rev)
+
+    loss = cycle * loss_cycle + prior * loss_prior  # 9. Eq. 5, but for identity
+    figures = {"prior": loss_prior, "cycle": loss_cycle, "cos": cos}
+    return loss, {name: value.detach() for name, value in figures.items()}

@@ -1,172 +1,200 @@
 """Edits pictures and clips with a trained adapter, or draws from a base.
 
-python sample.py                                                        # what the last run held back
-python sample.py --input photo.jpg --instr "make it winter" --output x.png
-python sample.py --input folder/ --output edited/
-python sample.py --input clip.mp4 --output edited.mp4                   # or .webp, .gif, a folder of numbered frames
-python sample.py --base tiny --prompt "a red house in winter" --output house.png
+    python sample.py                                            # what the last run held back
+    python sample.py --input photo.jpg --instr "make it winter" --output x.png
+    python sample.py --input folder/ --output edited/
+    python sample.py --input clip.mp4 --output edited.mp4       # or .webp, .gif, a folder of frames
+    python sample.py --base tiny --prompt "a red house in winter" --output house.png
+
+An edit is the editor's velocity integrated from noise to data, as in training's rollout (`edit`).
 """
 
 import argparse
 import math
+import os
 import pathlib
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py; before torch is imported
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-import data
-from files.clips import VIDEOS, animated, read_frames, windows, write_clip, write_sheets
+from files.clips import edit_clip, write_sheets
 from files.disk import UserError
-from files.pictures import SUFFIXES, contact_sheet, crop, load_image, write_image
-from files.run import load_adapter, read_run
-from frozen.load import choose_base, load_base
+from files.folder import free_name, jobs, load_rows
+from files.pictures import crop, load_image, write_image
+from files.run import find_run, load_adapter, read_run
+from frozen.load import edit_steps, open_base, working_size
+from frozen.text import Text
 from frozen.vae import VAE, to_images, to_pixels
-from losses import fade
-from model import Adapter, MMDiT, Prompt, fold, merged
-from routing import Velocity, integrate, noise, steady, time_grid
+from model import Adapter, MMDiT, Prompt, merged
+from routing import Velocity, editor, integrate, noise, time_grid
 
 
-def answers(
-    model: MMDiT,
-    prompt: Prompt,
-    null: Prompt,
-    x: Tensor | None = None,
-    adapter: Adapter | None = None,
-    frames: int = 1,
-) -> Callable:
-    """The base's velocities or, with x and adapter, an editor's, without the words and with them, asked as one batch.
-    prompt, null: (context, pooled), null of as many or of 1 -> f(y, t) -> v(null), v(prompt)"""
-    both = tuple(torch.cat((n.expand_as(p), p)) for n, p in zip(null, prompt))
-    x = None if x is None else x.repeat(2, 1, 1, 1)
-    return lambda y, t: (
-        model(y.repeat(2, 1, 1, 1), t.repeat(2), both, x, adapter, frames).float().chunk(2)
-    )
-
-
-def guided(both: Callable, guidance: float) -> Velocity:
-    """Classifier-free guidance, v(null) + guidance (v(prompt) - v(null)), of `answers`."""
+def guided(v: Velocity, v_null: Velocity, guidance: float) -> Velocity:
+    """Classifier-free guidance: v_null + guidance (v - v_null), where v_null is without words."""
 
     def velocity(y, t):
-        v_null, v = both(y, t)
-        return v_null + guidance * (v - v_null)
+        nothing = v_null(y, t)
+        return nothing + guidance * (v(y, t) - nothing)
 
     return velocity
 
 
-def edit(
-    model: MMDiT,
-    adapter: Adapter,
-    x: Tensor,
-    prompt: Prompt,
-    eps: Tensor,
-    ts: Tensor,
-    frames: int = 1,
-    null: Prompt | None = None,
-    guidance: float = 1.0,
-) -> Tensor:
-    """The edit: the editor's rollout from eps, unguided exactly as in training. x (B, C, H, W) source, every `frames` of them a clip; the adapter
-    may be `merged`. guidance, for which null (no words) is needed: above 1 the words count for more, at four times the cost; below 1 for less. Above
-    1 what they change in the clean picture is bounded, for the excess alone, to a root mean square of .2: night is driven no further into the dark.
-    And the frozen base, which knows words that the editor was never trained with, is asked, too: what they change for it is added, six times
-    (guidance - 1), fading with noise as in training. Both were measured on the embedded base (tiny/README.md). -> (B, C, H, W)"""
-    adapter = merged(model, adapter)
-    if guidance == 1:
-        velocity = lambda y, t: model(y, t, prompt, x, adapter, frames)  # noqa: E731
-    elif guidance < 1:  # and nothing of the base: fewer words are not the opposite words
-        velocity = guided(answers(model, prompt, null, x, adapter, frames), guidance)
-    else:
-        editor, base = (
-            answers(model, prompt, null, x, adapter, frames),
-            answers(model, prompt, null),
-        )
+def base(model: MMDiT, prompt: Prompt) -> Velocity:
+    """The frozen base under a caption, as a velocity to integrate."""
+    return lambda y, t: model(y, t, prompt).float()
 
-        def velocity(y, t):
-            v_null, v = editor(y, t)
-            change = v - v_null
-            size = (
-                t[:, None, None, None] * change.square().mean((1, 2, 3), keepdim=True).sqrt()
-            )  # (B, 1, 1, 1), in the clean picture
-            v, w = (
-                v + (guidance - 1) * (0.2 / size).clamp(max=1) * change,
-                fade(1 + 6 * (guidance - 1), t) - 1,
-            )
-            if w.any():  # not at the first, noisiest times
-                v_null, v_words = base(y, t)
-                v = v + w * (v_words - v_null)
-            return v
 
-    *_, y = integrate(steady(velocity, x, frames), eps, ts)
+def edit(model, adapter, x, prompt, eps, ts, frames=1, null=None, guidance=1.0) -> Tensor:
+    """The edit of the sources x (B, C, H, W), every `frames` of them a clip; the adapter may be
+    `merged`. Guidance, for which null (no words) is needed, takes twice the passes; 1 is none.
+    -> (B, C, H, W)"""
+    velocity = editor(model, adapter, prompt, x, frames)
+    if guidance != 1:
+        velocity = guided(velocity, editor(model, adapter, null, x, frames), guidance)
+    *_, y = integrate(velocity, eps, ts)
     return y
 
 
-def generate(
-    model: MMDiT, prompt: Prompt, null: Prompt, eps: Tensor, ts: Tensor, guidance: float
-) -> Tensor:
+def generate(model, prompt, null, eps, ts, guidance: float) -> Tensor:
     """Text to image with the base alone. -> (B, C, H, W)"""
-    *_, x = integrate(guided(answers(model, prompt, null), guidance), eps, ts)
+    *_, x = integrate(guided(base(model, prompt), base(model, null), guidance), eps, ts)
     return x
 
 
-def working_size(h: int, w: int, model: MMDiT, vae: VAE, limit: float) -> tuple[int, int]:
-    """The size an h x w picture is edited at: its aspect, about limit x limit pixels, whole patches of the base."""
-    unit = model.patch * vae.factor
-    scale = limit / (h * w) ** 0.5
-    return tuple(min(max(unit, round(s * scale / unit) * unit), model.grid * unit) for s in (h, w))
+# ---- the command --------------------------------------------------------------------------------
+@dataclass
+class Loaded:
+    """What an edit needs, read once."""
+
+    model: MMDiT
+    vae: VAE
+    text: Text
+    adapter: Adapter
+    run: pathlib.Path
+    config: dict  # of the run
+    ts: Tensor  # the time grid
+    guidance: float
+    seed: int  # of the noise, the same for every edit: each comes out as it would alone
+    autocast: torch.autocast
+
+    def edit(self, pictures, instructions: list[str]) -> np.ndarray:
+        """pictures (h, w, 3) uint8, for each instruction one, or a clip -> (B, h, w, 3) uint8"""
+        frames = len(pictures) // len(instructions)
+        device = self.model.proj_out.weight.device
+        x = self.vae.encode(to_pixels(np.stack(pictures)).to(device))
+        generator = torch.Generator().manual_seed(self.seed)
+        eps = noise(len(instructions), frames, x.shape[1:], generator).to(device)
+        prompt = tuple(a.repeat_interleave(frames, 0) for a in self.text(instructions))
+        null = tuple(a.expand(len(x), *a.shape[1:]) for a in self.text([""]))
+        with self.autocast:
+            y = edit(self.model, self.adapter, x, prompt, eps, self.ts, frames, null, self.guidance)
+        return to_images(self.vae.decode(y))
+
+    def size_of(self, picture: np.ndarray) -> tuple[int, int]:
+        """What a picture is edited at: its own aspect, the area of training."""
+        side = math.prod(self.config["size"]) ** 0.5
+        return working_size(*picture.shape[:2], self.model, self.vae, side)
 
 
-def own_steps(model: MMDiT) -> int:
-    """The Euler steps of an edit that asks for none: the paper's 20, but on the embedded base 8, as many as the rollouts in training have:
-    there they are as good (tiny/NOTES.md)."""
-    return 8 if model.width < 512 else 20
+def load(o: argparse.Namespace) -> Loaded:
+    """The run of --run with its base. Raises UserError where there is none, or no instruction."""
+    run = find_run(o.run)
+    config = read_run(run)
+    own = config["instr"]
+    if o.input and not pathlib.Path(o.input).exists():
+        raise UserError(f"--input {o.input}: there is no such file or folder", 2)
+    if o.input and not (o.instr or own):
+        raise UserError(f'{run} takes many instructions: say which, --instr "make it winter"', 2)
+    model, vae, text, shift, autocast = open_base(o.base or config["base"])
+    if own and o.instr not in (None, own):
+        other = f'{run} was trained for "{own}" alone; "{o.instr}" may do nothing, or that'
+        print(f"note: {other}", file=sys.stderr)
+    if o.input and model.width < 512:
+        known = "the embedded base knows only its own world of little houses, and no photographs"
+        print(f"note: {known}", file=sys.stderr)
+    adapter = merged(model, load_adapter(run / "adapter.safetensors", model))
+    ts = time_grid(o.steps or edit_steps(model), shift)
+    return Loaded(model, vae, text, adapter, run, config, ts, o.guidance, o.seed, autocast)
 
 
-def own_guidance(instr: str | None) -> float:
-    """The guidance of an edit that asks for none. instr: the run's own, or None for many: then it helps most where words are new to the
-    editor (tiny/README.md). The winter of the README's own run is nearly the same without any words: nothing for guidance to amplify."""
-    return 1.0 if instr else 1.5
+def draw_prompt(o: argparse.Namespace) -> str:
+    """One picture of the base alone. -> what to print"""
+    model, vae, text, shift, autocast = open_base(o.base or "auto")
+    generator = torch.Generator().manual_seed(o.seed)
+    eps = torch.randn(1, model.channels, *[model.sample_size] * 2, generator=generator)
+    eps, ts = eps.to(model.proj_out.weight.device), time_grid(o.steps or 28, shift)
+    with autocast:
+        x = generate(model, text([o.prompt]), text([""]), eps, ts, o.guidance)
+    target = o.output or "drawn.png"
+    write_image(target, to_images(vae.decode(x))[0])
+    return f"drawn: {target}"
 
 
-def options():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument(
-        "--run",
-        help="folder that train.py wrote (default: out or, before there is one, the editor that comes along, tiny/editor)",
-    )
-    p.add_argument(
-        "--input", help="image, clip or folder of them (default: what the run held back)"
-    )
-    p.add_argument(
-        "--output", help="file, or folder for a folder (default: edited.png, or as the input)"
-    )
-    p.add_argument(
-        "--frames", type=int, help="of a clip that are edited together (default: as in training)"
-    )
-    p.add_argument("--instr", help="the edit (default: the run's own)")
+def edit_held(e: Loaded, o: argparse.Namespace, frames: int) -> str:
+    """What the run held back: source, edit and, of the run's own edit, the edit undone."""
+    held = e.config["held"]
+    rows = [{"path": e.run / row["path"]} for row in held]
+    clips = [pictures[:frames] for pictures, _ in load_rows(rows, e.config["size"], frames)]
+    columns = [np.concatenate(clips)]
+    asked = [o.instr or row["instr"] for row in held]
+    columns.append(e.edit(columns[0], asked))
+    if not o.instr:  # how another edit is undone only its caption would say
+        columns.append(e.edit(columns[1], [row["undo"] for row in held]))
+    target = pathlib.Path(o.output or ("edited.webp" if frames > 1 else "edited.png"))
+    write_sheets(target, columns, frames)
+    shown = ("source", "edit", "edit undone")[: len(columns)]
+    return f'"{", ".join(dict.fromkeys(asked))}": {target.resolve()} ({", ".join(shown)})'
+
+
+def edit_files(e: Loaded, o: argparse.Namespace, frames: int) -> str:
+    """The file or folder of --input; of a folder what cannot be read is left out with a warning."""
+    instr = o.instr or e.config["instr"]
+    source = pathlib.Path(o.input)
+    target, todo, clips = jobs(source, o.output, frames, o.frames)
+    written = set()
+    for path, where in todo:
+        try:
+            if clips:
+                edit_clip(path, where, frames, e.size_of, lambda window: e.edit(window, [instr]))
+            else:
+                picture = load_image(path)
+                if path != source:
+                    where = free_name(where, written)
+                write_image(where, e.edit([crop(picture, e.size_of(picture))], [instr])[0])
+            written.add(where)
+        except UserError as error:
+            if path == source:
+                raise
+            print(f"warning: skipped {error}", file=sys.stderr)
+    if not written:
+        raise UserError(f"nothing in {source} could be edited")
+    return f'"{instr}": {len(written)} edited, {target.resolve()}'
+
+
+def options() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--run", help="folder that train.py wrote (out, else the bundled tiny/editor)")
+    p.add_argument("--input", help="picture, clip or folder of them (what the run held back)")
+    p.add_argument("--output", help="file, or folder for a folder (edited.png, or as the input)")
+    p.add_argument("--instr", help="the edit (the run's own)")
+    p.add_argument("--frames", type=int, help="of a clip edited together (as in training)")
     p.add_argument("--prompt", help="draw this with the base alone, no editing")
-    p.add_argument("--base", help="base to use (default: the run's own)")
-    p.add_argument(
-        "--steps",
-        type=int,
-        help="Euler steps (default: 20, with --prompt 28, for an editor of the embedded base 8)",
-    )
-    p.add_argument(
-        "--guidance",
-        type=float,
-        help="how much the words count; 1: no guidance, 8 passes for 28 (default: 4.5 with --prompt, "
-        "1 for an editor of one instruction, 1.5 for one of many)",
-    )
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--base", help="base to use (the run's own)")
+    p.add_argument("--steps", type=int, help="Euler steps (20; embedded base 8; --prompt 28)")
+    p.add_argument("--guidance", type=float, help="1: none, half the passes (1; --prompt 4.5)")
+    p.add_argument("--seed", type=int, default=0, help="of the noise (0)")
     o = p.parse_args()
     for k in ("steps", "frames"):
         if getattr(o, k) is not None and getattr(o, k) < 1:
             p.error(f"--{k} must be above 0, not {getattr(o, k)}")
-    if o.guidance is not None and not 0 <= o.guidance < math.inf:
+    if o.guidance is None:
+        o.guidance = 1.0 if o.prompt is None else 4.5
+    if not 0 <= o.guidance < math.inf:
         p.error(f"--guidance must be 0 or more, not {o.guidance}")
     return o
 
@@ -174,203 +202,13 @@ def options():
 @torch.no_grad()
 def main():
     o = options()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = (
-        torch.bfloat16
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else torch.float32
-    )
-    generator, autocast = (
-        torch.Generator().manual_seed(o.seed),
-        torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16),
-    )
     if o.prompt is not None:
-        model, vae, text, shift = load_base(choose_base(o.base or "auto"), device, dtype)
-        eps = torch.randn(
-            1, model.channels, model.sample_size, model.sample_size, generator=generator
-        ).to(device)
-        with autocast:
-            x = generate(
-                model,
-                text([o.prompt]),
-                text([""]),
-                eps,
-                time_grid(o.steps or 28, shift),
-                4.5 if o.guidance is None else o.guidance,
-            )
-        write_image(o.output or "drawn.png", to_images(vae.decode(x))[0])
-        return print(f"drawn: {o.output or 'drawn.png'}")
-    run = pathlib.Path(o.run or "out")
-    if not (o.run or run.exists()):
-        run = pathlib.Path(__file__).resolve().parent / "tiny" / "editor"
-        print(
-            "note: nothing is trained yet (out); this is the editor of many instructions that comes along (tiny/editor)",
-            file=sys.stderr,
-        )
-    if not (run / "adapter.safetensors").exists():
-        raise UserError(
-            f"{run} holds no trained adapter: train one first (python train.py --data tiny/examples "
-            '--instr "make it winter"), or name its folder with --run',
-            2,
-        )
-    config = read_run(run)
-    if o.input and not pathlib.Path(o.input).exists():
-        raise UserError(f"--input {o.input}: there is no such file or folder", 2)
-    model, vae, text, shift = load_base(choose_base(o.base or config["base"]), device, dtype)
-    instr, guidance = (
-        o.instr or config["instr"],
-        own_guidance(config["instr"]) if o.guidance is None else o.guidance,
-    )
-    adapter = load_adapter(run / "adapter.safetensors", model)[0]
-    adapter = (
-        merged(model, adapter) if guidance > 1 else fold(model, adapter)
-    )  # once; above 1 the base is asked, too
-    null = text([""]) if guidance != 1 else None
-    if config["instr"] and instr != config["instr"]:
-        print(
-            f'note: {run} was trained for "{config["instr"]}" alone; "{instr}" may do nothing, or that',
-            file=sys.stderr,
-        )
-    if o.input and not instr:
-        raise UserError(
-            f'{run} takes many instructions: say which, as in --instr "make it winter"', 2
-        )
-    if o.input and model.width < 512:
-        print(
-            "note: the embedded base knows only its own world of little houses; expect nothing true of photographs",
-            file=sys.stderr,
-        )
-
-    def run_edit(images, instructions, frames=1):
-        """images: those of a clip one after another, `frames` for each instruction"""
-        x = vae.encode(to_pixels(np.stack(images)).to(device))
-        eps = (
-            noise(len(instructions), frames, x.shape[1:], config["shared_noise"], generator)
-            .flatten(0, 1)
-            .to(device)
-        )
-        prompt = tuple(a.repeat_interleave(frames, 0) for a in text(instructions))
-        with autocast:
-            return edit(
-                model,
-                adapter,
-                x,
-                prompt,
-                eps,
-                time_grid(o.steps or own_steps(model), shift),
-                frames,
-                null,
-                guidance,
-            )
-
-    length = (
-        o.frames or config["frames"] if config["frames"] > 1 else 1
-    )  # an editor of pictures takes a clip frame by frame
-    if not o.input:
-        held, target = (
-            config["held"],
-            o.output or ("edited.png" if config["frames"] == 1 else "edited.webp"),
-        )
-        if config["frames"] == 1:
-            columns = [[load_image(run / row["path"], config["size"]) for row in held]]
-        else:
-            load = lambda path: next(
-                data.load_rows(
-                    [{"path": path}], config["size"], frames=length, stride=config["stride"]
-                )
-            )[0]
-            columns = [[picture for row in held for picture in load(run / row["path"])[:length]]]
-        columns.append(
-            to_images(
-                vae.decode(run_edit(columns[0], [o.instr or row["instr"] for row in held], length))
-            )
-        )
-        if not o.instr:  # how another edit is undone only its caption would say
-            columns.append(
-                to_images(vae.decode(run_edit(columns[1], [row["undo"] for row in held], length)))
-            )
-        write_sheets(target, columns, length)
-        asked = '", "'.join(dict.fromkeys(o.instr or row["instr"] for row in held))
-        return print(
-            f'"{asked}": {pathlib.Path(target).resolve()} (source, edit{", edit undone" if not o.instr else ""})'
-        )
-
-    def edit_clip(path, where):
-        """Window by window; the noise that frames share is the same in all. Writes a sheet of the first window beside the clip."""
-        first = []
-
-        def change(pictures):
-            h, w = working_size(
-                *pictures[0].shape[:2], model, vae, math.prod(config["size"]) ** 0.5
-            )
-            generator.manual_seed(o.seed)
-            y = to_images(
-                vae.decode(run_edit([crop(p, (h, w)) for p in pictures], [instr], len(pictures)))
-            )
-            if not first:
-                first.extend((pictures, y))
-            return [
-                np.asarray(
-                    Image.fromarray(p).resize(pictures[0].shape[1::-1], Image.Resampling.LANCZOS),
-                    np.float32,
-                )
-                for p in y
-            ]
-
-        write_clip(where, windows(read_frames(path), length, change), like=path)
-        pictures, y = first
-        small = [crop(p, y[0].shape[:2]) for p in pictures]
-        write_image(where.with_name(where.stem[:50] + ".sheet.png"), contact_sheet([small, y]))
-
-    source = pathlib.Path(o.input)
-    inside = (
-        [p for p in source.iterdir() if p.suffix.lower() in SUFFIXES | VIDEOS.keys()]
-        if length > 1 and source.is_dir()
-        else []
-    )
-    numbered = bool(inside) and all(
-        p.stem.isdigit() and p.suffix.lower() in SUFFIXES and not animated(p) for p in inside
-    )  # one clip
-    many = source.is_dir() and not numbered
-    paths, clips = (
-        data.find(source, length if length > 1 or o.frames == 1 else None, [o.output or "edited"])
-        if many
-        else ([source], numbered or source.suffix.lower() in VIDEOS or animated(source))
-    )
-    target, written = (
-        pathlib.Path(
-            o.output
-            or ("edited" if source.is_dir() else f"edited{source.suffix if clips else '.png'}")
-        ),
-        set(),
-    )
-    if target.resolve() == source.resolve():
-        raise UserError(f"--output {target} would overwrite the input; choose another", 2)
-    for path in paths:
-        path = source / path if many else path
-        where = target / path.relative_to(source) if many else target
-        try:
-            if clips:
-                edit_clip(path, where)
-            else:
-                image = load_image(path)
-                h, w = working_size(*image.shape[:2], model, vae, math.prod(config["size"]) ** 0.5)
-                y = run_edit([crop(image, (h, w))], [instr])
-                if (
-                    many and (where := where.with_suffix(".png")) in written
-                ):  # a.jpg and a.png: the second becomes a.png.png
-                    where = where.with_name(f"{path.name}.png")
-                write_image(where, to_images(vae.decode(y))[0])
-            written.add(where)
-        except UserError as error:
-            if not many:
-                raise
-            print(f"warning: skipped {error}", file=sys.stderr)
-    if not written:
-        raise UserError(f"nothing in {source} could be edited")
-    print(
-        f'"{instr}": {len(written)} {"clip" if clips else "picture"}{"s" * (len(written) > 1)}, {target.resolve()}'
-    )
+        return print(draw_prompt(o))
+    e = load(o)
+    frames = 1  # an editor of pictures takes a clip frame by frame
+    if e.config["frames"] > 1:
+        frames = o.frames or e.config["frames"]
+    print(edit_files(e, o, frames) if o.input else edit_held(e, o, frames))
 
 
 if __name__ == "__main__":

@@ -31,19 +31,19 @@ import time
 import numpy as np
 import torch
 
-from files.disk import UserError, read_json  # noqa: E402
-from files.run import load_adapter, origin  # noqa: E402
-from frozen.load import load_base  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
+from files.disk import UserError, read_json  # noqa: E402
+from files.run import load_adapter, origin  # noqa: E402
+from frozen.load import edit_steps, load_base  # noqa: E402
 import data  # noqa: E402
 import scenes  # noqa: E402
 from edits import EDITS, FALLING, NEVER, UNSEEN_STYLE, change, edit_prompts, propose  # noqa: E402
 from frozen.vae import to_images, to_pixels  # noqa: E402
 from model import merged  # noqa: E402
 from routing import noise, time_grid  # noqa: E402
-from sample import edit, own_guidance, own_steps  # noqa: E402
+from sample import edit  # noqa: E402
 
 MAIN = ["season", "time", "weather", "house"]
 
@@ -52,7 +52,7 @@ def asked(instr):
     """What an instruction asks of the world: "make it winter" -> ("season", "winter")."""
     for kind, family in zip(scenes.ATTRIBUTES, data.FAMILIES):
         for value, (_, words) in family.items():
-            if value in scenes.ATTRIBUTES[kind] and data._find(words, instr):
+            if value in scenes.ATTRIBUTES[kind] and data.find_phrase(words, instr):
                 return kind, value
     raise UserError(
         f"'{instr}' names no season, time, weather, house colour or style of the embedded world", 2
@@ -194,14 +194,14 @@ def edit_all(
     steps,
     seed,
     frames=1,
-    shared=0.0,
+    shared=True,
     together=True,
     null=None,
     guidance=1.0,
 ):
     """images (n, h, w, 3), `frames` for a clip, and prompts: (context, pooled) of n, or of 1 for all; null: of no words, for guidance
     -> edited images; together: the frames of a clip as a clip, not each as a picture"""
-    adapter, ts = merged(model, adapter), time_grid(steps or own_steps(model), shift)
+    adapter, ts = merged(model, adapter), time_grid(steps or edit_steps(model), shift)
     out, generator, size = (
         [],
         torch.Generator().manual_seed(seed),
@@ -209,7 +209,8 @@ def edit_all(
     )
     for i in range(0, len(images), size):
         x = vae.encode(to_pixels(np.stack(images[i : i + size])))
-        eps = noise(len(x) // frames, frames, x.shape[1:], shared, generator).flatten(0, 1)
+        alike = frames if shared else 1  # frames under one noise
+        eps = noise(len(x) // alike, alike, x.shape[1:], generator)
         p = tuple(
             a[i : i + size] if len(a) > 1 else a.expand(len(x), *a.shape[1:]) for a in prompts
         )
@@ -289,7 +290,7 @@ def video(o, config, run, out):
         return {name: round(float(each.mean()), 4), f"{name}_by_weather": by}
 
     def edited(folder, shared, together):
-        adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)[0]
+        adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)
         with torch.no_grad():
             return edit_all(
                 model,
@@ -305,7 +306,7 @@ def video(o, config, run, out):
                 together,
             )
 
-    output = edited(run, config["shared_noise"], True)
+    output = edited(run, True, True)
     judge = lambda a: summary(
         judge_all(*zip(*[(s, kind, value) for s in world for _ in times]), a, times * o.n)
     )  # noqa: E731
@@ -315,7 +316,7 @@ def video(o, config, run, out):
     if (
         o.image
     ):  # frame by frame: all frames of a clip as pictures, with noise of their own or one for all
-        for name, shared in (("per_frame", 0.0), ("shared_noise", 1.0)):
+        for name, shared in (("per_frame", False), ("shared_noise", True)):
             alone = edited(o.image, shared, False)
             figures |= errors(f"temporal_error_{name}", alone) | {name: judge(alone)}
             rows.append(alone)
@@ -364,7 +365,7 @@ def main():
     else:
         groups = everything(o.n, o.seed)
     model, vae, text, shift = load_base(config["base"])
-    adapter = load_adapter(run / "adapter.safetensors", model)[0]
+    adapter = load_adapter(run / "adapter.safetensors", model)
     world, kinds, values, asks = (
         list(a) for a in zip(*(c for cases in groups.values() for c in cases))
     )
@@ -380,7 +381,7 @@ def main():
             o.steps,
             o.seed,
             null=text([""]),
-            guidance=own_guidance(config.get("instr")) if o.guidance is None else o.guidance,
+            guidance=1.0 if o.guidance is None else o.guidance,
         )
     results = judge_all(world, kinds, values, output)
     figures = {name: summary(results[i * o.n : (i + 1) * o.n]) for i, name in enumerate(groups)}

@@ -1,4 +1,4 @@
-"""What touches the disk: files that are read whole or refused, and written whole or not at all."""
+"""What touches the disk: files are read whole or refused, and written whole or not at all."""
 
 import contextlib
 import json
@@ -11,11 +11,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent  # the project's folder
 
 
 class UserError(Exception):
-    """Something in the user's world is wrong; the message is one clear sentence. `code` is the exit code."""
+    """Something in the user's world is wrong: a file, a flag, the Hub.
+
+    The message is one clear sentence; `code` is the exit code of the command.
+    """
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)
@@ -23,11 +26,12 @@ class UserError(Exception):
 
 
 def why(error: Exception) -> str:
-    """The first line of what an exception says, for a sentence to end with."""
+    """The first line of an exception's message, to end a sentence with."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def read_json(path: pathlib.Path) -> dict:
+    """The object in a JSON file. Raises UserError where there is none."""
     try:
         data = json.loads(pathlib.Path(path).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -39,7 +43,10 @@ def read_json(path: pathlib.Path) -> dict:
 
 @contextlib.contextmanager
 def open_tensors(path: pathlib.Path, device: str | torch.device = "cpu"):
-    """An open safetensors file. Raises UserError where it cannot be read, also while it is read."""
+    """An open safetensors file, whose tensors go to device.
+
+    Raises UserError where the file cannot be opened, and also where reading a tensor fails later.
+    """
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             yield file
@@ -48,43 +55,44 @@ def open_tensors(path: pathlib.Path, device: str | torch.device = "cpu"):
 
 
 def read_tensors(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of one safetensors file and its metadata."""
+    """All tensors of a safetensors file and its metadata. Raises UserError as open_tensors does."""
     with open_tensors(path) as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors, file.metadata() or {}
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary name beside path; what was written there becomes path, which is complete or as it was before."""
-    tmp = path.with_name(
-        f"{path.stem[:50]}{path.suffix}.tmp"
-    )  # no longer than path's own, which may be as long as names can be
+    """Yields a temporary name beside path; what is written there becomes path at the end.
+
+    So path is complete or as it was before. Raises UserError where it cannot be written.
+    """
+    # no longer than path's own name, which may be as long as names can be
+    tmp = path.with_name(f"{path.stem[:50]}{path.suffix}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the old one's place
+            os.fsync(file.fileno())  # on the disk before it takes the old file's place
         tmp.replace(path)
-    except (OSError, SafetensorError) as error:  # a full disk, a folder one may not write to
+    except (OSError, SafetensorError) as error:  # a full disk, a folder without write permission
         raise UserError(f"{path} cannot be written ({error}); what was saved before is unharmed")
-    finally:  # nothing half done stays, also where a clip turns out broken midway
+    finally:  # nothing half done stays, even where a clip turns out broken midway
         with contextlib.suppress(OSError):
             tmp.unlink(missing_ok=True)
 
 
 def write(path: pathlib.Path, text: str | dict) -> None:
-    """Text, or data as JSON."""
+    """Writes text, or data as JSON. Raises UserError as `replacing` does."""
+    if not isinstance(text, str):
+        text = json.dumps(text, indent=2) + "\n"
     with replacing(path) as tmp:
-        tmp.write_text(
-            text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", "utf-8"
-        )
+        tmp.write_text(text, "utf-8")
 
 
 def write_tensors(path: pathlib.Path, tensors: dict[str, Tensor], **meta) -> None:
+    """Writes a safetensors file; meta becomes its metadata, as strings. Raises UserError."""
     with replacing(path) as tmp:
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
-            tmp,
-            {k: str(v) for k, v in meta.items()},
-        )
-        tmp.chmod(0o644)  # safetensors' files can be read by their owner alone
+        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(tensors, tmp, {key: str(value) for key, value in meta.items()})
+        tmp.chmod(0o644)  # safetensors lets only the owner read its files

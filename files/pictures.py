@@ -1,4 +1,7 @@
-"""Pictures of any kind: read upright in RGB, cropped, written, laid out on sheets."""
+"""Pictures of any kind: read upright in RGB, cropped, written, laid out on sheets.
+
+A picture is an array (H, W, 3) of uint8.
+"""
 
 import pathlib
 import struct
@@ -11,7 +14,7 @@ from files.disk import UserError, replacing
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 
-
+# what Pillow raises on a damaged file
 BROKEN = (
     OSError,
     ValueError,
@@ -22,15 +25,19 @@ BROKEN = (
     struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
-)  # Pillow's complaints
+)
 
-
-TURNS = dict(
-    enumerate(
-        "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split(),
-        2,
-    )
-)  # EXIF's orientations
+# EXIF's orientations, and the turn that undoes each; 1 is upright
+ORIENTATION = 0x112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def crop(
@@ -40,33 +47,53 @@ def crop(
     at: tuple[float, float] = (0.5, 0.5),
     mirrored: bool = False,
 ) -> np.ndarray:
-    """picture (H, W, 3) uint8, cropped to the aspect of size (h, w) and resized with antialiasing; the crop is `zoom` times the
-    largest possible, `at` places it (0: left or top, 1: right or bottom). -> (h, w, 3) uint8"""
+    """Crops a picture to the aspect of size, then resizes it with antialiasing.
+
+    picture (H, W, 3) uint8; size (h, w). The crop is `zoom` times the largest possible.
+    `at` (x, y) places it: 0 is left or top, 1 is right or bottom. -> (h, w, 3) uint8
+    """
     img = Image.fromarray(picture)
-    h, w = (s * zoom * min(img.height / size[0], img.width / size[1]) for s in size)
-    top, left = (
-        max(0, (img.height - h) * at[1]),
-        max(0, (img.width - w) * at[0]),
-    )  # h may exceed by a rounding
-    img = img.resize(
-        size[::-1],
-        Image.Resampling.LANCZOS,
-        box=(left, top, min(left + w, img.width), min(top + h, img.height)),
-    )
-    return np.asarray(ImageOps.mirror(img) if mirrored else img)
+    largest = min(img.height / size[0], img.width / size[1])
+    h = size[0] * zoom * largest
+    w = size[1] * zoom * largest
+    # h and w may exceed the picture by a rounding
+    top = max(0, (img.height - h) * at[1])
+    left = max(0, (img.width - w) * at[0])
+    box = (left, top, min(left + w, img.width), min(top + h, img.height))
+    img = img.resize(size[::-1], Image.Resampling.LANCZOS, box=box)
+    if mirrored:
+        img = ImageOps.mirror(img)
+    return np.asarray(img)
+
+
+def white(values: np.ndarray) -> int:
+    """The value that is white in greyscale of 16 bit (65535), of 8 bit (255) or in [0, 1]."""
+    if values.max() > 255:
+        return 65535
+    if values.max() > 1:
+        return 255
+    return 1
+
+
+def to_eight_bits(img: Image.Image) -> Image.Image:
+    """Integer or float greyscale -> 8 bit."""
+    values = np.asarray(img, np.float32)
+    scaled = values / white(values) * 255
+    return Image.fromarray(scaled.clip(0, 255).astype(np.uint8))
 
 
 def upright(img: Image.Image) -> Image.Image:
-    """A PIL image as it is to be seen: EXIF's turn done, transparent on white, 16 bit and float greyscale scaled. -> (h, w, 3) uint8"""
+    """A PIL image as it is meant to be seen. -> (h, w, 3) uint8
+
+    EXIF's turn is done, transparency is laid on white, 16 bit and float greyscale are scaled.
+    """
     img.load()  # a TIFF turns itself here
-    if turn := TURNS.get(
-        img.getexif().get(0x112)
-    ):  # ImageOps.exif_transpose writes EXIF anew, and stumbles over an odd tag
-        img = img.transpose(Image.Transpose[turn])
+    # ImageOps.exif_transpose would write EXIF anew, and stumbles over an odd tag
+    turn = TURNS.get(img.getexif().get(ORIENTATION))
+    if turn is not None:
+        img = img.transpose(turn)
     if img.mode.startswith(("I", "F")):
-        a = np.asarray(img, np.float32)
-        top = 65535 if a.max() > 255 else 255 if a.max() > 1 else 1
-        img = Image.fromarray((a / top * 255).clip(0, 255).astype(np.uint8))
+        img = to_eight_bits(img)
     if img.mode in ("P", "PA", "LA", "La", "RGBa") or "transparency" in img.info:
         img = img.convert("RGBA")
     if img.mode == "RGBA":
@@ -75,35 +102,48 @@ def upright(img: Image.Image) -> Image.Image:
 
 
 def load_image(path: pathlib.Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """One picture; with size (h, w) the largest centred `crop`. -> (h, w, 3) uint8. Raises UserError where it cannot be read."""
+    """One picture; with size (h, w) the largest centred `crop`. -> (h, w, 3) uint8
+
+    Raises UserError where it cannot be read.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = upright(Image.open(path))
     except BROKEN as error:
         raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})")
-    return picture if size is None else crop(picture, size)
+    if size is None:
+        return picture
+    return crop(picture, size)
 
 
 def write_image(path: str | pathlib.Path, picture: np.ndarray | Image.Image) -> None:
-    """picture (h, w, 3) uint8 or a PIL image; the suffix says the format."""
+    """picture: (h, w, 3) uint8 or a PIL image; the suffix chooses the format.
+
+    Raises UserError where Pillow has no format for the suffix, or the file cannot be written.
+    """
     path = pathlib.Path(path)
-    if (kind := Image.registered_extensions().get(path.suffix.lower())) not in Image.SAVE:
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
         raise UserError(
             f"{path}: no picture can be written under this name; end it in .png, .jpg or .webp", 2
         )
     with replacing(path) as tmp:
-        (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(tmp, kind)
+        if not isinstance(picture, Image.Image):
+            picture = Image.fromarray(picture)
+        picture.save(tmp, kind)
 
 
 def contact_sheet(columns: list[list[np.ndarray]], gap: int = 4) -> Image.Image:
-    """columns: lists of (h, w, 3) uint8, e.g. sources, edits, edits undone -> one picture, a row for each source."""
-    rows = [
-        np.concatenate(
-            [np.pad(p, ((gap, gap), (gap, gap), (0, 0)), constant_values=255) for p in row], 1
-        )
-        for row in zip(*columns)
-    ]
-    page = Image.fromarray(np.concatenate(rows, 0))
-    zoom = max(1, 512 // page.width)
-    return page.resize((page.width * zoom, page.height * zoom), Image.Resampling.NEAREST)
+    """Pictures side by side, a row for each source. Small sheets are enlarged to see the pixels.
+
+    columns: lists of (h, w, 3) uint8, e.g. sources, edits, edits undone. gap: pixels of white.
+    """
+    border = ((gap, gap), (gap, gap), (0, 0))
+    rows = []
+    for row in zip(*columns):
+        framed = [np.pad(picture, border, constant_values=255) for picture in row]
+        rows.append(np.concatenate(framed, 1))  # (h + 2 gap, columns * (w + 2 gap), 3)
+    sheet = Image.fromarray(np.concatenate(rows, 0))
+    zoom = max(1, 512 // sheet.width)
+    return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)

@@ -1,25 +1,64 @@
-"""A run's folder: its lock, log, configuration, adapter, card and page."""
+"""A run's folder: its lock, configuration, log, adapter, checkpoint, card and page."""
 
-import argparse
+import contextlib
+import hashlib
 import json
+import math
+import os
 import pathlib
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
 
-from files.disk import ROOT, UserError, read_json, read_tensors, write
-from model import Adapter, MMDiT, new_adapter
+from files.clips import write_sheets
+from files.disk import (
+    ROOT,
+    UserError,
+    read_json,
+    read_tensors,
+    replacing,
+    why,
+    write,
+    write_tensors,
+)
+from files.pictures import write_image
+from frozen.load import working_size
+from frozen.vae import to_images
+from model import Adapter, MMDiT, merged, new_adapter
+from routing import editor, integrate, noise
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
+LOCAL = int(os.environ.get("LOCAL_RANK", RANK))  # rank in this machine; its first speaks for all
+LOCKS = []  # of the runs that this process writes, held until it ends
+PARTS = {"Muon": {"exp_avg"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}  # of their state
+NOTE = "nanoByG adapter: LoRA (alpha = rank) and source_proj, without which it does not edit"
 
 
-def claim(out):
-    """Makes the folder and refuses it while another process trains there; the lock ends with the process, however it ends."""
+# ---- beginning a run ----------------------------------------------------------------------------
+def claim(out: pathlib.Path, resume: bool) -> None:
+    """Makes the folder of a run and locks it; the lock ends with the process, however it ends.
+    Raises UserError where another process trains there, or a run is there or not against `resume`.
+    """
+    if RANK:
+        return
+    if (out / "checkpoint.safetensors").exists() != resume:
+        if resume:
+            raise UserError(f"{out} holds no run to resume; omit --resume to begin one", 2)
+        raise UserError(
+            f"{out} holds a run already: add --resume to go on with it, or choose another --out", 2
+        )
     try:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "w")
+        LOCKS.append(lock)
     except OSError as error:
         raise UserError(f"{out} cannot be written to ({error}); choose another --out")
     try:
@@ -27,113 +66,334 @@ def claim(out):
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"another process is training in {out}; wait for it, or choose another --out", 2
-        )
+        busy = f"another process is training in {out}; wait for it, or choose another --out"
+        raise UserError(busy, 2)
     except (ImportError, OSError):  # Windows and some shared disks have no locks
         pass
-    return lock
 
 
-def cut_log(file: pathlib.Path, step: int) -> None:
-    """A resumed run writes its steps again: keeps the log's whole lines up to `step`."""
-    lines = file.read_text("utf-8", "replace").splitlines(keepends=True) if file.exists() else []
-    write(file, "".join(line for line in lines[:step] if line.endswith("}\n")))
+def begin(out: pathlib.Path, config: dict, held: list[dict], data) -> None:
+    """Writes what a run begins with: the held-back pictures, config.json and the card. Warns where
+    a resumed run has other pictures or prompts."""
+    if RANK:
+        return
+    shown = []
+    for n, row in enumerate(held):  # copied, since a run may be published, and --data be gone
+        path = row["path"]
+        for file in filter(pathlib.Path.is_file, [path, *path.glob("*")]):
+            with replacing(out / "held" / str(n) / file.relative_to(path.parent)) as tmp:
+                shutil.copyfile(file, tmp)  # piecewise: a film may be larger than the memory
+        shown.append(row | {"path": f"held/{n}/{path.name}"})
+    made = origin() | {"fingerprint": fingerprint(data.latents, data.rows)}
+    before = (out / "config.json").read_text("utf-8") if config["resume"] else made["fingerprint"]
+    if made["fingerprint"] not in before:
+        other = f"these are not the pictures and prompts that the run in {out} was begun with"
+        print(f"warning: {other}", file=sys.stderr)
+    write(out / "config.json", config | {"held": shown, "made": made})
+    write(out / "README.md", card(config, made))
+
+
+def begin_adapter(model: MMDiT, rank: int, frames: int, init: str | None) -> Adapter:
+    """A new adapter or, with --init, another run's; temporal attention is new where it has none."""
+    old = {}
+    if init:
+        old = load_adapter(pathlib.Path(init) / "adapter.safetensors", model)
+        rank = max(len(v) for name, v in old.items() if "lora_A" in name)
+    adapter = new_adapter(model, rank, video=frames > 1) | old
+    return {name: v.requires_grad_() for name, v in adapter.items()}
+
+
+def training_size(size: tuple, model: MMDiT, vae, resumed: pathlib.Path | None) -> tuple[int, int]:
+    """--size (h, w) in whole patches, and no larger in area than the base's own pictures."""
+    if resumed and read_run(resumed)["size"] == list(size):
+        return size  # is such a size already; rounded again it might be another
+    side = math.prod(size) ** 0.5
+    return working_size(*size, model, vae, min(vae.factor * model.sample_size, side))
+
+
+def fingerprint(latents: list[Tensor], rows: list[dict]) -> str:
+    """A digest of all pictures and prompts."""
+    digest = hashlib.sha256()
+    for z, row in zip(latents, rows):
+        digest.update(z.numpy().tobytes())
+        digest.update(json.dumps(row | {"path": row["path"].name}).encode())
+    return digest.hexdigest()[:16]
 
 
 def origin() -> dict[str, str]:
-    """What a run was made of. -> dict of command, commit, versions"""
-    git = lambda *args: (
-        subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        if shutil.which("git")
-        else ""
-    )  # noqa: E731
-    dirty = git(
-        "status", "--porcelain", "--untracked-files=no", "--", "*.py"
-    )  # only code: tables and pictures change while they are made
-    commit = git("describe", "--always") + "-dirty" * bool(dirty)
+    """What a run was made with. -> dict of command, commit, versions, machine"""
+    # Only code makes a commit dirty: tables and pictures change while they are made.
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    commit = git("describe", "--always") or "unknown"
     return {
         "command": f"python {shlex.join(sys.argv)}",
-        "commit": commit or "unknown",
+        "commit": commit + "-dirty" * bool(dirty),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
     }
 
 
-def card(o: argparse.Namespace, made: dict[str, str]) -> str:
+def git(*args: str) -> str:
+    """What git says of this repository; nothing where there is no git."""
+    if not shutil.which("git"):
+        return ""
+    done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def card(config: dict, made: dict[str, str]) -> str:
+    """The model card, as Hugging Face's Hub reads it."""
+    title, words = "An editor for many instructions", ' --instr "make it winter"'
+    if config["instr"]:
+        title, words = f'An editor for "{config["instr"]}"', ""
     return f"""---
-base_model: {o.base}
+base_model: {config["base"]}
 tags: [image-to-image, lora, bootstrap-your-generator, unpaired]
 ---
-# {f'An editor for "{o.instr}"' if o.instr else "An editor for many instructions"}
+# {title}
 
 Trained without pairs by nanoByG: `{made["command"]}`
 
-Use: `python sample.py --run {o.out} --input picture.png --output edited.png{"" if o.instr else ' --instr "make it winter"'}`. The adapter
-holds the source's projection and gate besides its LoRA; other tools may load the LoRA, but cannot edit with it.
+Use: `python sample.py --run {config["out"]} --input picture.png --output edited.png{words}`. The
+adapter holds the source's projection besides its LoRA; other tools may load the LoRA, but cannot
+edit with it.
 
-Made with seed {o.seed}, nanoByG {made["commit"]}, torch {made["torch"]}, Python {made["python"]}, {made["machine"]};
-data {made["fingerprint"]}.
+Made with seed {config["seed"]}, nanoByG {made["commit"]}, torch {made["torch"]}, Python
+{made["python"]}, {made["machine"]}; data {made["fingerprint"]}.
 
 ![source, edit, edit undone](samples/latest.png)
 """
 
 
+# ---- keeping it ---------------------------------------------------------------------------------
+def open_log(out: pathlib.Path, step: int):
+    """log.jsonl, to write on. A resumed run writes its steps again: of the lines up to `step` the
+    whole ones are kept."""
+    if RANK:
+        return open(os.devnull, "w")
+    file = out / "log.jsonl"
+    lines = file.read_text("utf-8", "replace").splitlines(keepends=True) if file.exists() else []
+    write(file, "".join(line for line in lines[:step] if line.endswith("}\n")))
+    return open(file, "a", buffering=1)
+
+
+def save(out: pathlib.Path, adapter: Adapter, average: Adapter, opt, rng, step: int, base: str):
+    """The averaged adapter, which edits; the checkpoint, which --resume goes on from; the page."""
+    if RANK:
+        return
+    edits = {key_in_file(k): v for k, v in average.items()}
+    ranks = [v.shape[0] for k, v in adapter.items() if "lora_A" in k]
+    meta = {"base": base, "rank": max(ranks), "step": step, "format": "pt", "note": NOTE}
+    write_tensors(out / "adapter.safetensors", edits, **meta)
+    state = {"rng": rng.get_state()}
+    for k, p in adapter.items():
+        state[f"now.{k}"] = p
+        state[f"avg.{k}"] = average[k]
+        for part, v in opt.state.get(p, {}).items():
+            state[f"{part}.{k}"] = v
+    write_tensors(out / "checkpoint.safetensors", state, step=step)
+    page(out)
+
+
+def restore(out: pathlib.Path, adapter: Adapter, average: Adapter, opt, rng) -> int:
+    """Puts everything back as it was saved. -> the step"""
+    path = out / "checkpoint.safetensors"
+    state, meta = read_tensors(path)
+    try:
+        rng.set_state(state["rng"])
+        parts = {key.split(".")[0] for key in state} - {"rng", "now", "avg"}  # the optimizer's
+        if parts and parts != PARTS[type(opt).__name__]:  # none before its first step
+            raise ValueError("it was trained by another optimizer, or by an older nanoByG")
+        for k, p in adapter.items():
+            with torch.no_grad():
+                p.copy_(fit(state[f"now.{k}"], p))
+                average[k].copy_(fit(state[f"avg.{k}"], p))
+            if parts:
+                opt.state[p] = {part: fit(state[f"{part}.{k}"], p) for part in parts}
+        return int(meta["step"])
+    except (LookupError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"{path}: does not fit this run ({why(error)}); give the options it was begun with, or "
+            "another --out to begin anew"
+        )
+
+
+def fit(v: Tensor, like: Tensor) -> Tensor:
+    """A copy of v, for Windows writes over no file that is mapped; AdamW's step is one number."""
+    if v.ndim == 0:
+        return v.clone()
+    return v.to(like, copy=True).view_as(like)
+
+
+@torch.no_grad()
+def sheet(out, model, vae, average, data, held, frames: int, ts, step: int) -> float:
+    """Writes the sample sheet: the held-back sources, their edits, and the edits undone; warns of
+    edits that are copies or unrelated pictures. -> how much was changed: 0 for the former, 2 for
+    the latter"""
+    if RANK:
+        return 0.0
+    device = model.proj_out.weight.device
+    x = torch.cat([data.latents[i][:frames] for i in held]).to(device)
+    eps = noise(len(held), frames, x.shape[1:], torch.Generator().manual_seed(1)).to(device)
+    rows = held.repeat_interleave(frames)
+    adapter = merged(model, average)
+    states = [x]
+    for kind in ("instr", "undo"):
+        velocity = editor(model, adapter, data.prompt(kind, rows, device), states[-1], frames)
+        *_, y = integrate(velocity, eps, ts)
+        states.append(y)
+    columns = [to_images(vae.decode(state)) for state in states]
+    latest = out / "samples" / f"latest.{'webp' if frames > 1 else 'png'}"
+    picture = write_sheets(latest, columns, frames)
+    for name in {"latest.png", f"{step:06d}.png"}:  # the card shows a still
+        write_image(out / "samples" / name, picture)
+    change = ((states[1] - x) ** 2).mean().item() / x.var().item()
+    if step and change < 0.02:
+        say(f"warning: step {step}: the edit is nearly the source ({change:.3f}); raise --prior")
+    if step and change > 1.5:
+        lost = f"the edit has lost the source ({change:.3f})"
+        say(f"warning: step {step}: {lost}; raise --cycle or --identity")
+    return change
+
+
 def page(out: pathlib.Path) -> None:
-    """Writes index.html, which opens from disk: pictures over the steps, curves, prompts. The template is files/page.html."""
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    """Writes index.html, which opens from disk: pictures over the steps, curves, prompts."""
+    lines = (out / "log.jsonl").read_text("utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    every = max(1, len(log) // 1000)
     run = {
         "config": read_json(out / "config.json"),
-        "log": log[:: -max(1, len(log) // 1000)][::-1],
+        "log": log[::-every][::-1],
         "sheets": sorted(p.name for p in (out / "samples").glob("[0-9]*.png")),
     }
     template = (ROOT / "files" / "page.html").read_text("utf-8")
-    write(out / "index.html", template.replace("__RUN__", json.dumps(run).replace("</", "<\\/")))
+    text = json.dumps(run).replace("</", "<\\/")  # nothing in it ends the script
+    write(out / "index.html", template.replace("__RUN__", text))
+
+
+# ---- reading it ---------------------------------------------------------------------------------
+def find_run(name: str | None) -> pathlib.Path:
+    """The folder of a run: the one that is named, else out, else the bundled editor. Raises
+    UserError where nothing is trained there."""
+    run = pathlib.Path(name or "out")
+    if not name and not run.exists():
+        run = ROOT / "tiny" / "editor"
+        print("note: nothing is trained yet (out); this is the bundled editor", file=sys.stderr)
+    if not (run / "adapter.safetensors").exists():
+        first = 'python train.py --data tiny/examples --instr "make it winter"'
+        raise UserError(
+            f"{run} holds no trained adapter: train one first ({first}), or name its folder with "
+            "--run",
+            2,
+        )
+    return run
 
 
 def read_run(folder: pathlib.Path) -> dict:
-    """config.json of a run. -> dict with base, instr (None: many), frames and stride of clips, size [h, w] and held, what was kept back"""
-    config, words = read_json(folder / "config.json"), ("path", "instr", "undo")
-    size, held = config.get("size"), config.get("held")
-    config = {"frames": 1, "stride": 1, "shared_noise": 0.0} | config
-    if not (
-        isinstance(config.get("base"), str)
-        and isinstance(config.get("instr", 0), (str, type(None)))
-        and all(isinstance(config[k], int) and 0 < config[k] < 1000 for k in ("frames", "stride"))
-        and isinstance(config["shared_noise"], float)
-        and 0 <= config["shared_noise"] <= 1
-        and isinstance(size, list)
-        and len(size) == 2
-        and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
-        and isinstance(held, list)
-        and held
-        and all(isinstance(h, dict) and all(isinstance(h.get(w), str) for w in words) for h in held)
-    ):
+    """config.json of a run. -> dict with base, instr (None: many), frames of a clip, size [h, w],
+    and held, what was kept back. Raises UserError where one of them is not as train.py writes it.
+    """
+    config = {"frames": 1} | read_json(folder / "config.json")
+    size, held, frames = config.get("size"), config.get("held"), config["frames"]
+    good = isinstance(config.get("base"), str)
+    good &= isinstance(config.get("instr"), str | None)
+    good &= isinstance(frames, int) and 0 < frames < 1000
+    good &= isinstance(size, list) and len(size) == 2
+    good = good and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
+    good = good and isinstance(held, list) and len(held) > 0
+    if not good or not all(is_held(row) for row in held):
         raise UserError(
-            f"{folder / 'config.json'}: is not as train.py writes it (damaged, or of an older nanoByG); train again"
+            f"{folder / 'config.json'}: is not as train.py writes it (damaged, or of an older "
+            "nanoByG); train again"
         )
     return config
 
 
+def is_held(row) -> bool:
+    kinds = ("path", "instr", "undo")
+    return isinstance(row, dict) and all(isinstance(row.get(kind), str) for kind in kinds)
+
+
 def key_in_file(name: str) -> str:
-    """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a file with a key that lacks
-    "lora" and reads those that begin with "transformer.", so what it does not know (the source's, temporal attention) is named to be
-    passed over."""
-    return (
-        "transformer." + name if "lora_" in name else name.replace(".weight", ".beside_lora.weight")
-    )
+    """An adapter tensor's key on disk. The LoRA has diffusers' own; its load_lora_weights refuses a
+    file with a key that lacks "lora" and reads those that begin with "transformer.", so what it
+    does not know (source_proj, temporal attention) is named to be passed over."""
+    if "lora_" in name:
+        return "transformer." + name
+    return name.replace(".weight", ".beside_lora.weight")
 
 
-def load_adapter(path: pathlib.Path, model: MMDiT) -> tuple[Adapter, dict[str, str]]:
-    """An adapter file, checked against the base it is to sit on. -> (adapter, metadata)"""
-    tensors, meta = read_tensors(path)
+def load_adapter(path: pathlib.Path, model: MMDiT) -> Adapter:
+    """An adapter file, checked against the base it is to sit on."""
+    tensors, _ = read_tensors(path)
     ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
-    want = new_adapter(model, max(ranks, default=1), any(".temporal." in k for k in tensors))
-    want = {key_in_file(k): (k, v) for k, v in want.items()}
-    for k in want.keys() | tensors.keys():
-        if k not in want or k not in tensors or want[k][1].shape != tensors[k].shape:
+    video = any(".temporal." in k for k in tensors)
+    names = {key_in_file(k): k for k in new_adapter(model, max(ranks, default=1), video)}
+    like = new_adapter(model, max(ranks, default=1), video)
+    gate = key_in_file("source_gate.weight")  # of the bundled editor alone, see MMDiT.forward
+    if gate in tensors:
+        names[gate] = "source_gate.weight"
+        like["source_gate.weight"] = torch.zeros_like(model.proj_out.weight, dtype=torch.float32)
+    for key in names.keys() | tensors.keys():
+        known = key in names and key in tensors
+        if not known or tensors[key].shape != like[names[key]].shape:
             raise UserError(
-                f"{path}: does not fit this base at '{k}'; it was trained on another (--base), or by an older nanoByG"
+                f"{path}: does not fit this base at '{key}'; it was trained on another (--base), "
+                "or by an older nanoByG"
             )
-    return {name: tensors[k].to(v) for k, (name, v) in want.items()}, meta
+    return {name: tensors[key].to(like[name]) for key, name in names.items()}
+
+
+# ---- ranks, signals, and the voice of the run ---------------------------------------------------
+def share(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its mean over the ranks of torchrun: that of the whole batch."""
+    if RANKS == 1:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        gone = f"another rank of this run has ended ({why(error)})"
+        raise UserError(f"{gone}; go on from the last save with --resume")
+    for t, mean in zip(tensors, (flat / RANKS).split([t.numel() for t in tensors])):
+        t.copy_(mean.view_as(t))
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def progress(first: int, last: int) -> tqdm:
+    """The steps after `first` up to `last`, with a bar on stderr."""
+    steps = range(first + 1, last + 1)
+    return tqdm(steps, initial=first, total=last, file=sys.stderr, unit="step", disable=RANK > 0)
+
+
+def quiet():
+    """Only a machine's first rank speaks while the run is prepared."""
+    return contextlib.redirect_stderr(open(os.devnull, "w")) if LOCAL else contextlib.nullcontext()
+
+
+def agree(figures: dict[str, Tensor], stop: list, device) -> tuple[dict[str, float], bool]:
+    """-> the figures of the whole batch, and whether any rank was told to stop"""
+    told = torch.tensor(float(len(stop)), device=device)
+    values = torch.stack([*figures.values(), told])
+    share([values])
+    *means, told = values.tolist()
+    return dict(zip(figures, means)), told > 0
+
+
+def catch_signals() -> list[int]:
+    """Ctrl-C and SIGTERM let the step be finished and saved; a second one ends at once.
+    -> a list that they will be added to"""
+    caught = []
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return caught

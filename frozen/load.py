@@ -1,5 +1,9 @@
-"""Finds a base, downloads it where needed, and reads it: a folder in diffusers' layout of the SD3 family."""
+"""Finds a base, downloads it where needed, and reads it.
 
+A base is a folder in diffusers' layout of the SD3 family: model_index.json and a folder per part.
+"""
+
+import os
 import pathlib
 import re
 import sys
@@ -19,217 +23,328 @@ NAMED = {  # bases one can ask for by a short name
     "bokeh": "tensorart/bokeh_3.5_medium",
 }
 
+# the parts that have weights, and the other files of a base; T5 (text_encoder_3) is never needed
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+SMALL_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
 
-VARIANT = re.compile(
-    r"\.(fp16|bf16|fp32)\b"
-)  # diffusers' mark of a file saved in another precision
+# diffusers' mark of a file saved in another precision
+VARIANT = re.compile(r"\.(fp16|bf16|fp32)\b")
 
-
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files that hold one part: a single file, or the shards that an index lists; full precision before a
-    variant (*.fp16.safetensors). Raises UserError where there are none, or where a download left some out."""
-    single = [f for f in folder.glob("*.safetensors") if not re.search(r"-\d+-of-\d+", f.name)]
-    found = sorted(
-        [*single, *folder.glob("*.safetensors.index*.json")],
-        key=lambda f: (bool(VARIANT.search(f.name)), len(f.name)),
-    )
-    if not found:
-        raise UserError(
-            f"{folder} has no *.safetensors weights (and no index of shards); copy or download them in diffusers layout"
-        )
-    if found[0].suffix != ".json":
-        return found[:1]
-    shards = read_json(found[0]).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(s, str) and pathlib.PurePath(s).name == s for s in shards.values()
-    ):
-        raise UserError(f"{found[0]}: has no usable weight_map; download this file again")
-    files = [folder / s for s in sorted(set(shards.values()))]
-    for file in files:
-        if not file.exists():
-            raise UserError(
-                f"{file} is missing though {found[0].name} lists it: the download is incomplete, run it again"
-            )
-    return files
-
-
-NEW_NAMES = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # attention in older VAE files
-
-
+# attention in older VAE files
+NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAMES = re.compile(rf"(attentions\.\d+\.)({'|'.join(NEW_NAMES)})(?=\.)")
-
-
-def load_part(cls, folder, device, dtype):
-    """Builds cls from folder/config.json without memory for its weights, then reads them one by one, straight to device and dtype."""
-    if not (folder / "config.json").exists():
-        raise UserError(
-            f"{folder} has no config.json; a base is a folder in diffusers layout of the SD3 family"
-        )
-    config = read_json(folder / "config.json")
-    try:
-        if any("layers" in k and isinstance(v, int) and v > 1000 for k, v in config.items()):
-            raise ValueError("more than 1000 layers")  # they would take minutes to build
-        with torch.device("meta"):
-            part = cls(config)
-    except Exception as error:  # whatever a damaged config makes of it
-        raise UserError(f"{folder / 'config.json'}: describes no {cls.__name__} ({why(error)})")
-    want, tensors = part.state_dict(), {}
-    for path in weight_files(folder):
-        with open_tensors(path, device) as file:
-            for key in file.keys():
-                name = OLD_NAMES.sub(lambda m: m[1] + NEW_NAMES[m[2]], key).removeprefix(
-                    "text_model."
-                )
-                if name.endswith("position_ids"):  # a counter, which old CLIP files saved
-                    continue
-                if name not in want:
-                    raise UserError(
-                        f"{path}: unexpected tensor '{key}'; the file is of another model than {folder / 'config.json'} describes"
-                    )
-                if tuple(shape := file.get_slice(key).get_shape()) != want[name].shape:
-                    raise UserError(
-                        f"{path}: tensor '{key}' is {shape}, but config.json asks for {list(want[name].shape)}"
-                    )
-                tensors[name] = file.get_tensor(key).to(dtype)
-    if missing := [k for k in want if k not in tensors]:
-        raise UserError(
-            f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} of {len(want)} are)"
-        )
-    part.load_state_dict(tensors, assign=True)
-    return part.requires_grad_(False).eval()
 
 
 def choose_base(base: str) -> str:
     """'auto' -> the base for this machine, said in one line; any other name stays what it is."""
     if base == "auto":
         base = "sd3.5-medium" if torch.cuda.is_available() else "tiny"
+        choice = " | ".join(NAMED)
         print(
-            f"base: {base} (chosen for this machine; --base {' | '.join(NAMED)} | folder | Hub id)",
+            f"base: {base} (chosen for this machine; --base {choice} | folder | Hub id)",
             file=sys.stderr,
         )
     return base
 
 
 def find_base(base: str) -> pathlib.Path:
-    """A short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5."""
+    """A short name, a folder or a Hub id -> local folder. Downloads only what is needed, never T5.
+
+    Raises UserError where there is no such base, or it cannot be downloaded.
+    """
     name = NAMED.get(base, base)
     if pathlib.Path(name).is_dir():
         return pathlib.Path(name)
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(
-            f"unknown base '{base}': use one of {', '.join(NAMED)}, a folder, or a Hub id like owner/name",
+            f"unknown base '{base}': use one of {', '.join(NAMED)}, a folder, "
+            "or a Hub id like owner/name",
             2,
         )
-    import huggingface_hub as hub
+    from huggingface_hub import errors  # slow to import, and needed only here
 
-    errors, online = hub.errors, True
     try:
-        try:
-            names = hub.HfApi().list_repo_files(name)
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise
-        except Exception:  # no network, or told to stay offline: what the cache holds must do
-            names, online = [], False
-        parts = [
-            f
-            for f in names
-            if re.fullmatch(r"(transformer|vae|text_encoder(_2)?)/[^/]*(\.json|\.safetensors)", f)
-        ]
-        for part in {f.split("/")[0] for f in parts}:  # a variant only where there is nothing else
-            if any(re.fullmatch(part + r"/[^/.]*\.safetensors", f) for f in parts):
-                parts = [f for f in parts if not (f.startswith(part + "/") and VARIANT.search(f))]
-        return pathlib.Path(
-            hub.snapshot_download(
-                name,
-                local_files_only=not online,
-                allow_patterns=[
-                    "model_index.json",
-                    "scheduler/*.json",
-                    "tokenizer/*",
-                    "tokenizer_2/*",
-                    *parts,
-                ],
-            )
-        )
+        return download(name)
     except errors.GatedRepoError:  # a kind of RepositoryNotFoundError, so first
         raise UserError(
-            f"{name} is gated: accept its terms at https://huggingface.co/{name}, then `hf auth login` or set "
-            "HF_TOKEN; or take the ungated --base bokeh, or a local folder"
+            f"{name} is gated: accept its terms at https://huggingface.co/{name}, "
+            "then `hf auth login` or set HF_TOKEN; "
+            "or take the ungated --base bokeh, or a local folder"
         )
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(
-            f"the Hub has no repository {name}, or it is private: check the name, or `hf auth login`"
+            f"the Hub has no repository {name}, or it is private: "
+            "check the name, or `hf auth login`"
         )
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{name} is not in the local cache and the Hub cannot be reached: go online once, give --base a local folder in "
-            "diffusers layout, or take --base tiny, which needs no network"
+            f"{name} is not in the local cache and the Hub cannot be reached: "
+            "go online once, give --base a local folder in diffusers layout, "
+            "or take --base tiny, which needs no network"
         )
     except Exception as error:  # a cut line, a full disk: the library has a class for each
         raise UserError(f"cannot download {name} ({why(error)}); run again to go on")
 
 
+def download(name):
+    """A Hub id -> the folder in the local cache. Raises what huggingface_hub raises."""
+    import huggingface_hub as hub
+
+    try:
+        files, online = hub.HfApi().list_repo_files(name), True
+    except (hub.errors.RepositoryNotFoundError, hub.errors.HFValidationError):
+        raise
+    except Exception:  # no network, or told to stay offline: what the cache holds must do
+        files, online = [], False
+    patterns = [*SMALL_FILES, *weights_among(files)]
+    folder = hub.snapshot_download(name, local_files_only=not online, allow_patterns=patterns)
+    return pathlib.Path(folder)
+
+
+def weights_among(files):
+    """The configs and weights of PARTS among a repository's files, e.g. "vae/config.json".
+
+    A variant is taken only where a part has nothing else.
+    """
+    chosen = []
+    for part in PARTS:
+        inside = [f for f in files if re.fullmatch(part + r"/[^/]*\.(json|safetensors)", f)]
+        if any(re.fullmatch(part + r"/[^/.]*\.safetensors", f) for f in inside):
+            inside = [f for f in inside if not VARIANT.search(f)]
+        chosen += inside
+    return chosen
+
+
 def load_base(
-    base: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    base: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[MMDiT, VAE, Text, float]:
-    """-> model (MMDiT), vae (VAE, always float32), text (Text), shift of the scheduler's time grid."""
+    """dtype: of the weights, None is float32.
+    -> model (MMDiT), vae (VAE, always float32), text (Text), shift of the scheduler's time grid
+
+    Raises UserError where there is no such base, or its folder is damaged or of another family.
+    """
+    dtype = dtype or torch.float32
     folder = find_base(base)
-    if not (folder / "model_index.json").exists():
-        raise UserError(
-            f"{folder} has no model_index.json; a base is a folder in diffusers layout of the SD3 family"
-        )
-    if "StableDiffusion3" not in str(
-        kind := read_json(folder / "model_index.json").get("_class_name")
-    ):
-        raise UserError(f"{folder} holds a {kind}; only the SD3 family can be a base here")
+    check_family(folder)
     model = load_part(MMDiT, folder / "transformer", device, dtype)
     vae = load_part(VAE, folder / "vae", device, torch.float32)
-    tokenizers = []
-    for name in ("tokenizer", "tokenizer_2"):
-        try:
-            tokenizers.append(Tokenizer(folder / name))
-        except Exception as error:
-            raise UserError(
-                f"{folder / name} holds no CLIP tokenizer: vocab.json, merges.txt or tokenizer.json ({why(error)})"
-            )
-    text = Text(
-        tokenizers,
-        [
-            load_part(CLIPText, folder / n, device, dtype)
-            for n in ("text_encoder", "text_encoder_2")
-        ],
-    )
+    tokenizers = [load_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+    encoders = []
+    for name in ("text_encoder", "text_encoder_2"):
+        encoders.append(load_part(CLIPText, folder / name, device, dtype))
+    text = Text(tokenizers, encoders)
     try:
-        for tokenizer, encoder in zip(tokenizers, text.encoders):
-            if (
-                max(tokenizer.vocab.values())
-                >= encoder.embeddings["token_embedding"].num_embeddings
-            ):
-                raise ValueError("a tokenizer has more words than its encoder")
-        # once through everything, with the smallest picture
-        shift, side = (
-            float(read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.0)),
-            model.patch * vae.factor,
-        )
-        with (
-            torch.no_grad(),
-            torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32),
-        ):
-            x = vae.encode(torch.zeros(1, 3, side, side, device=device))
-            if vae.decode(model(x, torch.ones(1, device=device), text(["a"])).float()).shape != (
-                1,
-                3,
-                side,
-                side,
-            ):
-                raise ValueError("what goes in has another size than what comes out")
+        check_vocabularies(text)
+        shift = float(read_json(folder / "scheduler" / "scheduler_config.json").get("shift", 1.0))
+        try_all_parts(model, vae, text, torch.device(device), dtype)
         if not 0 < shift < 1000 or model.sample_size > model.grid * model.patch:
             raise ValueError(f"shift {shift}, sample_size {model.sample_size}")
     except (ValueError, TypeError, RuntimeError, LookupError) as error:
         raise UserError(f"{folder}: its parts do not fit together ({why(error)})")
     return model, vae, text, shift
+
+
+def check_family(folder):
+    """Raises UserError unless folder holds a pipeline of the SD3 family."""
+    if not (folder / "model_index.json").exists():
+        raise UserError(
+            f"{folder} has no model_index.json; "
+            "a base is a folder in diffusers layout of the SD3 family"
+        )
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if "StableDiffusion3" not in str(kind):
+        raise UserError(f"{folder} holds a {kind}; only the SD3 family can be a base here")
+
+
+def load_tokenizer(folder):
+    """Raises UserError where folder holds no CLIP tokenizer."""
+    try:
+        return Tokenizer(folder)
+    except Exception as error:  # whatever a damaged file makes of it
+        raise UserError(
+            f"{folder} holds no CLIP tokenizer: "
+            f"vocab.json, merges.txt or tokenizer.json ({why(error)})"
+        )
+
+
+def check_vocabularies(text):
+    """Raises ValueError where a tokenizer's ids exceed its encoder's table."""
+    for tokenizer, encoder in zip(text.tokenizers, text.encoders):
+        words = encoder.embeddings["token_embedding"].num_embeddings
+        if max(tokenizer.vocab.values()) >= words:
+            raise ValueError("a tokenizer has more words than its encoder")
+
+
+@torch.no_grad()
+def try_all_parts(model, vae, text, device, dtype):
+    """Once through everything, with the smallest picture. Raises what a misfit raises."""
+    side = model.patch * vae.factor
+    pixels = torch.zeros(1, 3, side, side, device=device)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        x = vae.encode(pixels)  # (1, C, patch, patch)
+        velocity = model(x, torch.ones(1, device=device), text(["a"]))
+        decoded = vae.decode(velocity.float())
+    if decoded.shape != pixels.shape:
+        raise ValueError("what goes in has another size than what comes out")
+
+
+def load_part(cls, folder, device, dtype):
+    """A part of the base (cls: MMDiT, VAE or CLIPText), frozen, on device and in dtype.
+
+    It is built without memory for its weights, which are then read one by one. Raises UserError
+    where a file is missing or damaged, and on the first tensor that config.json does not describe.
+    """
+    part = build_part(cls, folder)
+    state, tensors = part.state_dict(), {}
+    for path in weight_files(folder):
+        tensors.update(read_weights(path, state, device, dtype))
+    missing = [name for name in state if name not in tensors]
+    if missing:
+        raise UserError(
+            f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} of {len(state)} are)"
+        )
+    part.load_state_dict(tensors, assign=True)
+    return part.requires_grad_(False).eval()
+
+
+def build_part(cls, folder):
+    """cls(folder/config.json) on the meta device, that is without weights. Raises UserError."""
+    file = folder / "config.json"
+    if not file.exists():
+        raise UserError(
+            f"{folder} has no config.json; a base is a folder in diffusers layout of the SD3 family"
+        )
+    config = read_json(file)
+    try:
+        for key, value in config.items():
+            # a damaged number of layers would take minutes to build
+            if "layers" in key and isinstance(value, int) and value > 1000:
+                raise ValueError("more than 1000 layers")
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as error:  # whatever a damaged config makes of it
+        raise UserError(f"{file}: describes no {cls.__name__} ({why(error)})")
+
+
+def read_weights(path, state, device, dtype):
+    """One file's tensors, by their names in state. Raises UserError on the first that misfits."""
+    tensors = {}
+    with open_tensors(path, device) as file:
+        for key in file.keys():
+            name = name_in_part(key)
+            if name.endswith("position_ids"):  # a counter, which old CLIP files saved
+                continue
+            if name not in state:
+                raise UserError(
+                    f"{path}: unexpected tensor '{key}'; "
+                    f"the file is of another model than {path.parent / 'config.json'} describes"
+                )
+            shape, described = file.get_slice(key).get_shape(), list(state[name].shape)
+            if list(shape) != described:
+                raise UserError(
+                    f"{path}: tensor '{key}' is {shape}, but config.json asks for {described}"
+                )
+            tensors[name] = file.get_tensor(key).to(dtype)
+    return tensors
+
+
+def name_in_part(key):
+    """A tensor's key in a file -> its name in our module: old VAE attention, CLIP's prefix."""
+    name = OLD_NAMES.sub(lambda match: match[1] + NEW_NAMES[match[2]], key)
+    return name.removeprefix("text_model.")
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files that hold one part: a single file, or the shards that an index lists.
+
+    Full precision goes before a variant (*.fp16.safetensors).
+    Raises UserError where there are none, or where a download left some out.
+    """
+    weights = folder.glob("*.safetensors")
+    single = [file for file in weights if not re.search(r"-\d+-of-\d+", file.name)]
+    indices = folder.glob("*.safetensors.index*.json")
+
+    def rank(file):
+        return bool(VARIANT.search(file.name)), len(file.name)
+
+    found = sorted([*single, *indices], key=rank)
+    if not found:
+        raise UserError(
+            f"{folder} has no *.safetensors weights (and no index of shards); "
+            "copy or download them in diffusers layout"
+        )
+    if found[0].suffix == ".json":
+        return shards(found[0])
+    return found[:1]
+
+
+def shards(index):
+    """The files that an index of shards lists. Raises UserError where one is missing."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(map(is_file_name, weight_map.values())):
+        raise UserError(f"{index}: has no usable weight_map; download this file again")
+    files = [index.parent / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.exists():
+            raise UserError(
+                f"{file} is missing though {index.name} lists it: "
+                "the download is incomplete, run it again"
+            )
+    return files
+
+
+def is_file_name(name):
+    """Whether name is a string without a folder: an index must not lead out of its own."""
+    return isinstance(name, str) and pathlib.PurePath(name).name == name
+
+
+# ---- what suits the machine and the base --------------------------------------------------------
+def choose_device(dtype: str | None = None) -> tuple[torch.device, torch.dtype | None]:
+    """dtype: fp32, bf16, fp16, or None for this machine's. -> the device, and the half precision of
+    its autocast, None where all is in float32"""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if dtype:
+        return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if has_bf16 else None
+
+
+def open_base(base: str) -> tuple[MMDiT, VAE, Text, float, torch.autocast]:
+    """`load_base` on this machine's device. -> and the autocast to use it under"""
+    device, half = choose_device()
+    autocast = torch.autocast(device.type, half, enabled=half is not None)
+    return *load_base(choose_base(base), device, half), autocast
+
+
+def working_size(h: int, w: int, model: MMDiT, vae: VAE, limit: float) -> tuple[int, int]:
+    """The size an h x w picture is edited at: its aspect, about limit x limit pixels, whole patches
+    of the base."""
+    unit = model.patch * vae.factor
+    scale = limit / (h * w) ** 0.5
+    size = []
+    for side in (h, w):
+        whole = max(unit, round(side * scale / unit) * unit)
+        size.append(min(whole, model.grid * unit))
+    return tuple(size)
+
+
+def edit_steps(model: MMDiT) -> int:
+    """The Euler steps of an edit: the paper's 20; on the embedded base 8, as many as the rollouts
+    in training have, which are as good there."""
+    return 8 if model.width < 512 else 20
+
+
+def compile_blocks(model: MMDiT, device: torch.device) -> None:
+    """torch.compile, block by block; where it does not work, a warning."""
+    # A block's kinds, times: adapter or none, with and without gradient.
+    torch._dynamo.config.recompile_limit = 64
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))  # needs Triton, or a C compiler
+        for block in model.transformer_blocks:
+            block.compile()
+    except Exception as error:
+        text = f"torch.compile does not work here ({why(error)}); training goes on without"
+        print(f"warning: {text}", file=sys.stderr)

@@ -12,9 +12,9 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from frozen.load import load_base  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "bench"))
+from frozen.load import load_base  # noqa: E402
 import evaluate  # noqa: E402
 import readme  # noqa: E402
 import speed  # noqa: E402

@@ -24,9 +24,10 @@ ALPHA = (
 def teacher(model: MMDiT, t: Tensor, *queries: tuple[Tensor, Prompt]) -> list[Tensor]:
     """The frozen base, without adapter and source, on several (state, caption), as one batch.
     Each state (B, C, H, W), t (B,) -> a velocity (B, C, H, W) for each query"""
-    y = torch.cat([state for state, _ in queries])  # (Q B, C, H, W)
-    context, pooled = (torch.cat(part) for part in zip(*[caption for _, caption in queries]))
-    v = model(y, t.repeat(len(queries)), (context, pooled))
+    states, captions = zip(*queries)
+    contexts, pooled = zip(*captions)
+    prompt = torch.cat(contexts), torch.cat(pooled)
+    v = model(torch.cat(states), t.repeat(len(queries)), prompt)  # (Q B, C, H, W)
     return v.float().chunk(len(queries))
 
 
@@ -75,8 +76,9 @@ def cosine_cue(model, batch, y_t, x_t, t, v_fwd, v_rev) -> tuple[Tensor, Tensor]
 
 def direction_loss(v: Tensor, v_src: Tensor, v_tgt: Tensor) -> tuple[Tensor, Tensor]:
     """All (B, C, H, W) -> L_prior = L_dir + ALPHA L_mse (Eq. 2), mean cosine in [-1, 1]"""
-    cos = F.cosine_similarity((v - v_src).flatten(1), (v_tgt - v_src).flatten(1)).mean()
-    return 1 - cos + ALPHA * F.mse_loss(v, v_tgt), cos  # Eq. 2
+    cos = F.cosine_similarity((v - v_src).flatten(1), (v_tgt - v_src).flatten(1))  # (B,)
+    loss = (1 - cos).mean() + ALPHA * F.mse_loss(v, v_tgt)  # Eq. 2
+    return loss, cos.mean()
 
 
 def identity_loss(model: MMDiT, adapter: Adapter, batch: Batch, ts: Tensor) -> Tensor:

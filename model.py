@@ -100,23 +100,26 @@ class Attention(nn.Module):
         self, x: Tensor, context: Tensor | None, bias: Tensor | None, adapter: Adapter
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D), context (B, L, D); bias (1, 1, 1, N + L) of the attention's logits"""
-        q = self.norm_q(self.split(self.to_q(x, adapter)))
-        k = self.norm_k(self.split(self.to_k(x, adapter)))
+        q = self.split(self.to_q(x, adapter))
+        k = self.split(self.to_k(x, adapter))
         v = self.split(self.to_v(x, adapter))
+        q, k = self.norm_q(q), self.norm_k(k)
         if context is not None:  # image tokens first, then text: (B, H, N + L, D/H)
-            q_text = self.norm_added_q(self.split(self.add_q_proj(context, adapter)))
-            k_text = self.norm_added_k(self.split(self.add_k_proj(context, adapter)))
+            q_text = self.split(self.add_q_proj(context, adapter))
+            k_text = self.split(self.add_k_proj(context, adapter))
             v_text = self.split(self.add_v_proj(context, adapter))
-            q = torch.cat([q, q_text], 2)
-            k = torch.cat([k, k_text], 2)
+            q = torch.cat([q, self.norm_added_q(q_text)], 2)
+            k = torch.cat([k, self.norm_added_k(k_text)], 2)
             v = torch.cat([v, v_text], 2)
             bias = bias.to(q.dtype)
         # under autocast the norms run in float32, so q may be of another dtype than v
         h = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=bias)
         h = h.transpose(1, 2).flatten(2)  # (B, N + L, D)
         n = x.shape[1]
-        text = self.to_add_out(h[:, n:], adapter) if hasattr(self, "to_add_out") else None
-        return self.to_out[0](h[:, :n], adapter), text
+        image, text = h[:, :n], h[:, n:]
+        if hasattr(self, "to_add_out"):
+            text = self.to_add_out(text, adapter)
+        return self.to_out[0](image, adapter), text
 
 
 class Block(nn.Module):
@@ -148,12 +151,13 @@ class Block(nn.Module):
         h, h_text = self.attn(h, h_text, bias, adapter)
         if self.dual:  # a second attention reads the same x
             shift2, scale2, gate2 = second
-            h2, _ = self.attn2(modulate(x, shift2, scale2), None, None, adapter)
+            h2 = modulate(x, shift2, scale2)
+            h2, _ = self.attn2(h2, None, None, adapter)
             x = x + gate[:, None] * h + gate2[:, None] * h2
         else:
             x = x + gate[:, None] * h
-        x = x + gate_ff[:, None] * self.ff(modulate(x, shift_ff, scale_ff), adapter)
-        x = temporal(x, frames, adapter)
+        h = self.ff(modulate(x, shift_ff, scale_ff), adapter)
+        x = temporal(x + gate_ff[:, None] * h, frames, adapter)
         if self.last:
             return x, None
         context = context + c_gate[:, None] * h_text
@@ -176,8 +180,9 @@ def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
     q, k, v = (frame_heads(a) for a in (q, k, v))  # (B N, heads, F, 32)
     h = F.scaled_dot_product_attention(q, k, v) - v
     h = h.transpose(1, 2).flatten(2)  # (B N, F, W)
-    h = F.linear(h, out).unflatten(0, (-1, n))  # (B, N, F, D)
-    return x + h.transpose(1, 2).flatten(0, 1)
+    h = F.linear(h, out)
+    h = h.unflatten(0, (-1, n)).transpose(1, 2)  # (B, F, N, D)
+    return x + h.flatten(0, 1)
 
 
 def frame_heads(a: Tensor) -> Tensor:
@@ -260,27 +265,29 @@ class MMDiT(nn.Module):
             way_in = F.conv2d(source, adapter["source_proj.weight"], stride=self.patch)
             x = x + tokens(way_in)
         context, pooled = prompt
-        temb = self.time_text_embed["timestep_embedder"](time_frequencies(t))
-        temb = temb + self.time_text_embed["text_embedder"](pooled)  # (B, D)
+        embed = self.time_text_embed
+        temb = embed["timestep_embedder"](time_frequencies(t))
+        temb = temb + embed["text_embedder"](pooled)  # (B, D)
         context, bias = self.with_t5(context, x.shape[1])
         for block, part in zip(self.transformer_blocks, self.per_block(adapter)):
-            x, context = self.run(block, x, context, temb, bias, part, frames)
+            x, context = self.through(block, x, context, temb, bias, part, frames)
         scale, shift = self.norm_out(temb)
         x = modulate(x, shift, scale)
         v = self.picture(self.proj_out(x), size)
-        if source is not None and "source_gate.weight" in adapter:  # the bundled editor has one:
-            m = self.picture(F.linear(x, adapter["source_gate.weight"]), size)
-            v = v + m * (
-                (x_t - source) / t[:, None, None, None] - v
-            )  # share m of the source itself
+        if source is not None and "source_gate.weight" in adapter:  # the bundled editor has one
+            share = self.picture(F.linear(x, adapter["source_gate.weight"]), size)
+            to_source = (x_t - source) / t[:, None, None, None]  # the velocity that ends there
+            v = v + share * (to_source - v)
         return v
 
     def positions(self, h: int, w: int) -> Tensor:
         """The centre h x w of the sin-cos table. -> (1, h*w, D)"""
         top = (self.grid - h) // 2
         left = (self.grid - w) // 2
-        table = self.pos_embed.pos_embed.unflatten(1, (self.grid, self.grid))
-        return table[:, top : top + h, left : left + w].flatten(1, 2)
+        table = self.pos_embed.pos_embed
+        table = table.unflatten(1, (self.grid, self.grid))
+        centre = table[:, top : top + h, left : left + w]
+        return centre.flatten(1, 2)
 
     def with_t5(self, context: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical
@@ -304,7 +311,7 @@ class MMDiT(nn.Module):
                 parts[int(i)][name] = v
         return parts
 
-    def run(self, block: Block, *args) -> tuple[Tensor, Tensor | None]:
+    def through(self, block: Block, *args) -> tuple[Tensor, Tensor | None]:
         """A block, checkpointed where asked. Not by the reentrant kind, which drops the adapter's
         gradient where the inputs need none."""
         if self.checkpointing and torch.is_grad_enabled():
@@ -313,8 +320,10 @@ class MMDiT(nn.Module):
 
     def picture(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Patches back in place. (B, h*w, p*p*C) -> (B, C, h*p, w*p)"""
-        x = x.unflatten(1, size).unflatten(-1, (self.patch, self.patch, -1))  # (B, h, w, p, p, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        p = self.patch
+        x = x.unflatten(1, size).unflatten(-1, (p, p, -1))  # (B, h, w, p, p, C)
+        x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
+        return x.flatten(4, 5).flatten(2, 3)
 
 
 def tokens(x: Tensor) -> Tensor:
@@ -336,7 +345,8 @@ def sincos(d: int, size: int, base: float = 1e4) -> Tensor:
     line = torch.cat([angle.sin(), angle.cos()], -1)  # (size, d/2)
     across = line[None].expand(size, -1, -1)
     down = line[:, None].expand(-1, size, -1)
-    return torch.cat([across, down], -1).flatten(0, 1)[None]
+    table = torch.cat([across, down], -1)  # (size, size, d)
+    return table.flatten(0, 1)[None]
 
 
 # ---- what is trained ----------------------------------------------------------------------------
@@ -358,7 +368,8 @@ def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
     adapter["source_proj.weight"] = torch.zeros_like(way_in, dtype=torch.float32)
     if video:
         d = model.width
-        w = max(TEMPORAL_HEAD, d // 3 // TEMPORAL_HEAD * TEMPORAL_HEAD)
+        heads = max(1, d // 3 // TEMPORAL_HEAD)
+        w = heads * TEMPORAL_HEAD
         for i in range(len(model.transformer_blocks)):
             name = f"transformer_blocks.{i}.temporal"
             adapter[name + ".qkv.weight"] = torch.randn(3 * w, d, device=device) / d**0.5
@@ -371,7 +382,8 @@ def merged(model: MMDiT, adapter: Adapter) -> Adapter:
     the detour, for the many passes of a rollout. Half precision, where W + B A would lose a small
     B A, and wide bases, whose weights one does not want twice, keep the detour."""
     weight = model.proj_out.weight
-    half = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
+    half = weight.dtype != torch.float32
+    half = half or torch.is_autocast_enabled(weight.device.type)
     if half or model.width > 512:
         return adapter
     out = {k: v for k, v in adapter.items() if "lora_" not in k}

@@ -10,9 +10,6 @@ from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (y (B, C, H, W), t (B,)) -> v (B, C, H, W)
 ROUTES = ("ste", "onestep", "detach", "backprop")
-ALIKE = (
-    0.05  # squared difference of latents at which two frames weigh 1/e; 48 clips, 0.03 to 0.1 alike
-)
 
 
 def time_grid(n: int, shift: float = 1.0) -> Tensor:
@@ -23,7 +20,7 @@ def time_grid(n: int, shift: float = 1.0) -> Tensor:
 
 
 def noise(n: int, frames: int, shape, generator: torch.Generator) -> Tensor:
-    """Noise for n clips, one for all of a clip's frames, which steadies them. -> (n F, *shape)"""
+    """Noise for n clips, one for all frames of a clip, to steady them. -> (n F, *shape)"""
     return torch.randn((n, *shape), generator=generator).repeat_interleave(frames, 0)
 
 
@@ -58,42 +55,20 @@ def route(how: str, y_hat: Tensor, y_0: Tensor) -> Tensor:
     detach    sg(y_0): the right value, no gradient to the forward edit
     backprop  y_0: the right value and the exact gradient, through every step of the rollout
               (y_0 must carry a graph)"""
-    if how == "onestep":
-        return y_hat
+    if how == "ste":
+        return y_0.detach() + (y_hat - y_hat.detach())
     if how == "detach":
         return y_0.detach()
-    if how == "backprop":
-        return y_0
-    return y_0.detach() + (y_hat - y_hat.detach())
+    if how == "onestep":
+        return y_hat
+    return y_0
 
 
 def editor(model, adapter, prompt, x: Tensor, frames: int = 1) -> Velocity:
-    """The editor of the sources x (B, C, H, W) under `prompt`, as a velocity to integrate. Of
-    clips every `frames` sources are one, and their edits are kept `steady`."""
+    """The editor of the sources x (B, C, H, W), every `frames` of them a clip, under `prompt`, as a
+    velocity to integrate."""
 
     def velocity(y, t):
         return model(y, t, prompt, x, adapter, frames)
 
-    return steady(velocity, x, frames) if frames > 1 else velocity
-
-
-def steady(velocity: Velocity, x: Tensor, frames: int) -> Velocity:
-    """For clips: what stands still in the source stands still in the edit.
-
-    What the edit changes at a place becomes the mean over the frames i, j in which the source looks
-    alike there, with weights exp(-|x_i - x_j|^2 / (ALIKE C)). x (B F, C, H, W) the sources."""
-
-    def places(a):  # (B F, C, H, W) -> (B, H, W, F, C)
-        return a.unflatten(0, (-1, frames)).permute(0, 3, 4, 1, 2)
-
-    x_places = places(x)
-    far = torch.cdist(x_places, x_places).square()  # (B, H, W, F, F)
-    alike = torch.softmax(-far / (ALIKE * x.shape[1]), -1)
-
-    def averaged(y, t):
-        s = t[:, None, None, None]
-        change = places(y - s * velocity(y, t).float() - x)  # from x to where y is going
-        change = (alike @ change).permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B F, C, H, W)
-        return (y - x - change) / s
-
-    return averaged
+    return velocity

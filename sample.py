@@ -68,9 +68,7 @@ def generate(model, prompt, null, eps, ts, guidance: float) -> Tensor:
 
 # ---- the command --------------------------------------------------------------------------------
 @dataclass
-class Loaded:
-    """What an edit needs, read once."""
-
+class Loaded:  # what an edit needs, read once
     model: MMDiT
     vae: VAE
     text: Text

@@ -114,8 +114,10 @@ def load_rows(rows: list, size: tuple, frames: int = 1) -> Iterator[tuple[np.nda
 def is_numbered(folder: pathlib.Path) -> bool:
     """Whether a folder is one clip: nothing but numbered still pictures."""
     inside = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES | VIDEOS.keys()]
-    still = [p for p in inside if p.stem.isdigit() and p.suffix.lower() in SUFFIXES]
-    return bool(inside) and still == inside and not any(map(animated, inside))
+    for p in inside:
+        if not p.stem.isdigit() or p.suffix.lower() in VIDEOS or animated(p):
+            return False
+    return bool(inside)
 
 
 def jobs(source: pathlib.Path, output: str | None, frames: int, asked: int | None):

@@ -1,5 +1,9 @@
 """The three signals of ByG and the step that adds them up: Algorithm 1, Eq. 2 to 5.
 
+Teacher's cue (`delta_cue`, or the paper's `cosine_cue`): the frozen base says which way to edit.
+Cycle (in `byg_loss`): the edit, edited back, must be the source. Identity: what is asked for and is
+so already stays as it is.
+
 One set of weights, three roles: model(y, t, caption) is the frozen base, here the *teacher*;
 model(y, t, instr, x, adapter) is the *editor*, which gets the gradient; and the editor with the
 moving average of the adapter is the *bootstrap*, whose own edits are the states to train on.
@@ -15,9 +19,7 @@ from data import Batch
 from model import Adapter, MMDiT, Prompt
 from routing import editor, rollout, route
 
-ALPHA = (
-    0.1  # weight of the anchor in the cosine cue; not published, both re-implementations take it
-)
+ALPHA = 0.1  # weight of L_mse in Eq. 2; not published, two re-implementations take it
 
 
 @torch.no_grad()
@@ -33,19 +35,21 @@ def teacher(model: MMDiT, t: Tensor, *queries: tuple[Tensor, Prompt]) -> list[Te
 
 def fade(guidance: float, t: Tensor) -> Tensor:
     """Guidance at t: full below 0.72, none above 0.92, where the base hardly sees the picture and
-    guidance would amplify what it imagines (arXiv 2404.07724 finds so in sampling); without
-    fading 5 points fewer succeed. t (B,) -> (B, 1, 1, 1)"""
+    guidance would amplify what it imagines (in sampling: arXiv 2404.07724). Without fading about 5
+    points fewer succeed (docs/method.md). t (B,) -> (B, 1, 1, 1)"""
     share = ((0.92 - t) / 0.2).clamp(0, 1)
     return (1 + (guidance - 1) * share)[:, None, None, None]
 
 
 def change_of(model: MMDiT, batch: Batch, y_t: Tensor, x_t: Tensor, t: Tensor, guidance: float):
-    """What the text changes: d = v_tgt(y') - v_src(x'), both states under the noise of the cue.
+    """What the text changes: d = x - y, for the edit y that it asks for, as a velocity.
 
-    The edit is right when the base errs on it as on the source, each under its own caption:
-    v_tgt(y') - (eps' - y) = v_src(x') - (eps' - x). So the base's blur cancels (Delta Denoising
-    Score, arXiv 2304.07090; FlowEdit, 2412.08629). y_t, x_t (B, C, H, W), t (B,) -> (B, C, H, W)"""
-    renoise = t[:, None, None, None] * (batch.eps_cue - batch.eps)  # another noise, the same t
+    The edit y is right when the base errs on it, under the target caption, as it errs on the source
+    under its own: v_tgt(y') - (eps' - y) = v_src(x') - (eps' - x), where x', y' are x, y noised to
+    t by one eps'. So d = v_tgt(y') - v_src(x'): the base's blur cancels (Delta Denoising Score,
+    arXiv 2304.07090; FlowEdit, 2412.08629). y_t stands for y noised by eps; v_tgt is guided.
+    y_t, x_t (B, C, H, W), t (B,) -> (B, C, H, W)"""
+    renoise = t[:, None, None, None] * (batch.eps_cue - batch.eps)  # from eps to eps', same t
     y_c, x_c = y_t + renoise, x_t + renoise
     v_src, v_tgt, v_null = teacher(model, t, (x_c, batch.src), (y_c, batch.tgt), (y_c, batch.null))
     w = fade(guidance, t)
@@ -53,19 +57,19 @@ def change_of(model: MMDiT, batch: Batch, y_t: Tensor, x_t: Tensor, t: Tensor, g
 
 
 def delta_cue(model, batch, y_t, x_t, t, v_fwd, v_rev, guidance: float) -> tuple[Tensor, Tensor]:
-    """The default cue: v_fwd must lead back to the source, eps - x, plus what the text changes.
-    There is none for the way back, whose target the cycle knows exactly: the source.
-    -> loss, mean cosine of the edit with the change, in [-1, 1]"""
-    change = change_of(model, batch, y_t, x_t, t, guidance)
+    """The default cue, in the place of Eq. 2: v_fwd must be eps - y = eps - x + d, which leads to
+    the edit y. The way back (v_rev) needs no cue: its end is known, and the cycle asks for it.
+    -> loss, mean cosine of v_fwd - (eps - x) with d, in [-1, 1]"""
+    d = change_of(model, batch, y_t, x_t, t, guidance)
     v_x = batch.eps - batch.x
-    cos = F.cosine_similarity((v_fwd - v_x).flatten(1), change.flatten(1))
-    return F.mse_loss(v_fwd, v_x + change), cos.mean()
+    cos = F.cosine_similarity((v_fwd - v_x).flatten(1), d.flatten(1))
+    return F.mse_loss(v_fwd, v_x + d), cos.mean()
 
 
 def cosine_cue(model, batch, y_t, x_t, t, v_fwd, v_rev) -> tuple[Tensor, Tensor]:
     """The paper's cue: Eq. 2 on the way there (step 4) and, with the captions swapped, on the way
-    back (step 7). No guidance: it would scale the direction, which the cosine cannot see.
-    -> loss, mean cosine of the edit with the direction, in [-1, 1]"""
+    back (step 7), where the teacher is asked at x_t (u_src, u_tgt). No guidance, as in the paper.
+    -> loss, mean cosine of v_fwd - v_src with v_tgt - v_src, in [-1, 1]"""
     v_src, v_tgt, u_src, u_tgt = teacher(
         model, t, (y_t, batch.src), (y_t, batch.tgt), (x_t, batch.src), (x_t, batch.tgt)
     )
@@ -82,8 +86,8 @@ def direction_loss(v: Tensor, v_src: Tensor, v_tgt: Tensor) -> tuple[Tensor, Ten
 
 
 def identity_loss(model: MMDiT, adapter: Adapter, batch: Batch, ts: Tensor) -> Tensor:
-    """Step 8: the source already satisfies the reverse instruction, so nothing may change. It
-    teaches the editor to use its condition. -> loss"""
+    """Step 8: the source already satisfies the reverse instruction, so the editor must return what
+    its condition shows. -> loss"""
     x, eps, t = batch.x, batch.eps, ts[batch.k]
     x_t = torch.lerp(x, eps, t[:, None, None, None])
     v = model(x_t, t, batch.undo, x, adapter, batch.frames)
@@ -102,23 +106,27 @@ def byg_loss(
     routing: str = "ste",
     bootstrap: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A step of Algorithm 1; its step 8, identity, is a graph of its own with its own backward.
+    """A step of Algorithm 1, without its step 8, identity, which has a backward of its own.
 
-    adapter and average (may be `merged`), ts (n + 1,) the time grid, cue: delta_cue or cosine_cue;
-    prior, cycle: weights of Eq. 5; routing: see `route`; bootstrap=False: train on noised sources.
+    adapter, average: also as `merged` makes them; ts (n + 1,) the time grid; cue: cosine_cue or
+    partial(delta_cue, guidance=...); prior, cycle: weights of Eq. 5; routing: see `route`;
+    bootstrap=False trains on noised sources, and has only y_hat to route ("onestep").
     -> loss, figures for the log"""
+    assert bootstrap or routing == "onestep"
     x, eps, t = batch.x, batch.eps, ts[batch.k]  # (B, C, H, W), (B, C, H, W), (B,)
     s = t[:, None, None, None]  # (B, 1, 1, 1)
     x_t = torch.lerp(x, eps, s)  # 1. the noised source; its velocity is eps - x
 
-    y_t, y_0 = x_t, None  # 2. bootstrap: the average's own edit, at t and at its clean end
+    def own_edit(weights):  # 2. bootstrap: the editor's own edit, at t and at its clean end
+        velocity = editor(model, weights, batch.instr, x, batch.frames)
+        return rollout(velocity, eps, ts, batch.k)
+
+    y_t, y_0 = x_t, None
     if bootstrap:
         with torch.no_grad():
-            y_t, y_0 = rollout(
-                editor(model, average, batch.instr, x, batch.frames), eps, ts, batch.k
-            )
+            y_t, y_0 = own_edit(average)
     if routing == "backprop":
-        _, y_0 = rollout(editor(model, adapter, batch.instr, x, batch.frames), eps, ts, batch.k)
+        _, y_0 = own_edit(adapter)
 
     v_fwd = model(y_t, t, batch.instr, x, adapter, batch.frames).float()  # 3. forward edit
     y_hat = y_t - s * v_fwd  # finished in one step

@@ -1,16 +1,17 @@
 """The network: SD3's MMDiT in plain torch, and the adapter that turns it into an image editor.
 
 What is trained is the adapter, a plain dict of tensors (`new_adapter`). It enters in three places:
-- LoRA on every attention and MLP projection (`Linear.forward`);
+- LoRA on the attention and MLP projections of every block (`Linear.forward`);
 - the source's way in: a second patch projection, through which the clean source latent is added to
   the noisy one (`MMDiT.forward`); the paper's channel concatenation, written as a sum;
-- for clips, attention between the frames of one place, after each block (`temporal`).
-Each of them begins at zero, so at step 0 the editor is the base, bit for bit.
+- for clips, attention between the frames of one patch, after each block (`temporal`).
+The last matrix of each begins at zero, so at step 0 the editor is the base, bit for bit. All else
+is frozen (frozen/load.py). A fourth way, `source_gate`, is of the bundled editor's file alone.
 
 One set of weights, three roles, told apart by arguments only: model(x_t, t, prompt) is the frozen
-base (the teacher), model(x_t, t, prompt, source, adapter) is the editor, and with the averaged
-adapter it is the bootstrap. Key names and numbers are diffusers' (SD3Transformer2DModel); SD3,
-SD3.5-medium and -large differ by their config only.
+base, the teacher of arXiv 2606.03911; model(x_t, t, prompt, source, adapter) is the editor; and
+with the moving average of the adapter it is the bootstrap. Key names and numbers are diffusers'
+(SD3Transformer2DModel); SD3, SD3.5-medium and -large differ by their config only.
 """
 
 import math
@@ -63,7 +64,7 @@ class FeedForward(nn.Module):
     def __init__(self, d: int):
         super().__init__()
         up = nn.ModuleDict({"proj": Linear(d, 4 * d)})
-        self.net = nn.ModuleList([up, nn.Identity(), Linear(4 * d, d)])
+        self.net = nn.ModuleList([up, nn.Identity(), Linear(4 * d, d)])  # Identity: a dropout
 
     def forward(self, x: Tensor, adapter: Adapter) -> Tensor:
         h = self.net[0]["proj"](x, adapter)
@@ -116,10 +117,10 @@ class Attention(nn.Module):
         h = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=bias)
         h = h.transpose(1, 2).flatten(2)  # (B, N + L, D)
         n = x.shape[1]
-        image, text = h[:, :n], h[:, n:]
-        if hasattr(self, "to_add_out"):
-            text = self.to_add_out(text, adapter)
-        return self.to_out[0](image, adapter), text
+        image = self.to_out[0](h[:, :n], adapter)
+        if not hasattr(self, "to_add_out"):
+            return image, None
+        return image, self.to_add_out(h[:, n:], adapter)
 
 
 class Block(nn.Module):
@@ -166,8 +167,8 @@ class Block(nn.Module):
 
 
 def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
-    """Attention over the frames of one place, for what they differ in: sum_j a_ij (v_j - v_i). So
-    a still clip stays what it was, exactly. x (B F, N, D) -> x, changed"""
+    """Attention over the frames of one patch, for what they differ in: sum_j a_ij (v_j - v_i). So
+    a still clip stays what it was. x (B F, N, D), the frames of a clip one after another -> x"""
     if frames == 1 or "temporal.qkv.weight" not in adapter:
         return x
     n, d = x.shape[1:]
@@ -186,7 +187,7 @@ def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
 
 
 def frame_heads(a: Tensor) -> Tensor:
-    """(B, N, F, W) -> (B N, heads, F, 32)"""
+    """(B, N, F, W) -> (B N, heads, F, TEMPORAL_HEAD)"""
     return a.flatten(0, 1).unflatten(-1, (-1, TEMPORAL_HEAD)).transpose(1, 2)
 
 
@@ -262,20 +263,20 @@ class MMDiT(nn.Module):
         size = h // self.patch, w // self.patch
         x = tokens(self.pos_embed.proj(x_t)) + self.positions(*size)  # (B, N, D)
         if source is not None:
-            way_in = F.conv2d(source, adapter["source_proj.weight"], stride=self.patch)
-            x = x + tokens(way_in)
+            source_tokens = F.conv2d(source, adapter["source_proj.weight"], stride=self.patch)
+            x = x + tokens(source_tokens)
         context, pooled = prompt
         embed = self.time_text_embed
         temb = embed["timestep_embedder"](time_frequencies(t))
         temb = temb + embed["text_embedder"](pooled)  # (B, D)
-        context, bias = self.with_t5(context, x.shape[1])
+        context, bias = self.with_absent_t5(context, x.shape[1])
         for block, part in zip(self.transformer_blocks, self.per_block(adapter)):
-            x, context = self.through(block, x, context, temb, bias, part, frames)
-        scale, shift = self.norm_out(temb)
+            x, context = self.run_block(block, x, context, temb, bias, part, frames)
+        scale, shift = self.norm_out(temb)  # in this order, as published
         x = modulate(x, shift, scale)
-        v = self.picture(self.proj_out(x), size)
+        v = self.unpatchify(self.proj_out(x), size)
         if source is not None and "source_gate.weight" in adapter:  # the bundled editor has one
-            share = self.picture(F.linear(x, adapter["source_gate.weight"]), size)
+            share = self.unpatchify(F.linear(x, adapter["source_gate.weight"]), size)
             to_source = (x_t - source) / t[:, None, None, None]  # the velocity that ends there
             v = v + share * (to_source - v)
         return v
@@ -289,10 +290,10 @@ class MMDiT(nn.Module):
         centre = table[:, top : top + h, left : left + w]
         return centre.flatten(1, 2)
 
-    def with_t5(self, context: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    def with_absent_t5(self, context: Tensor, n: int) -> tuple[Tensor, Tensor]:
         """The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical
         and stay identical through all layers, so one token stands for them, with log 256 added to
-        its attention logit: the same numbers, 255 tokens fewer.
+        its attention logit: 255 tokens fewer, the same numbers (in bf16 log 256 is rounded).
         context (B, L, D_text), n image tokens -> (B, L + 1, D), bias (1, 1, 1, n + L + 1)"""
         absent = self.context_dim - context.shape[-1]
         context = F.pad(context, (0, absent, 0, 1))  # one token more
@@ -311,14 +312,14 @@ class MMDiT(nn.Module):
                 parts[int(i)][name] = v
         return parts
 
-    def through(self, block: Block, *args) -> tuple[Tensor, Tensor | None]:
+    def run_block(self, block: Block, *args) -> tuple[Tensor, Tensor | None]:
         """A block, checkpointed where asked. Not by the reentrant kind, which drops the adapter's
         gradient where the inputs need none."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
-    def picture(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def unpatchify(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Patches back in place. (B, h*w, p*p*C) -> (B, C, h*p, w*p)"""
         p = self.patch
         x = x.unflatten(1, size).unflatten(-1, (p, p, -1))  # (B, h, w, p, p, C)
@@ -339,7 +340,8 @@ def time_frequencies(t: Tensor) -> Tensor:
 
 
 def sincos(d: int, size: int, base: float = 1e4) -> Tensor:
-    """The 2-D sin-cos position table for a square grid. -> (1, size*size, d)"""
+    """The 2-D sin-cos position table for a square grid, for tiny/pretrain.py and tests; a base
+    brings its own. -> (1, size*size, d)"""
     omega = base ** (-torch.arange(d // 4) / (d // 4))
     angle = torch.arange(size)[:, None] * omega  # (size, d/4)
     line = torch.cat([angle.sin(), angle.cos()], -1)  # (size, d/2)
@@ -351,8 +353,9 @@ def sincos(d: int, size: int, base: float = 1e4) -> Tensor:
 
 # ---- what is trained ----------------------------------------------------------------------------
 def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
-    """LoRA pairs (A random, B zero, so alpha = rank and no scale), the zero source projection and,
-    for video, temporal attention of a third of the width with a zero output; all in float32."""
+    """LoRA pairs (A random, B zero, scale 1), the zero source projection and, for video, temporal
+    attention of a third of the width with a zero output. All in float32; over a base in half
+    precision autocast casts them."""
     device = model.proj_out.weight.device
     # The last block's text queries cannot reach the picture: its text output is thrown away.
     idle = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn.add_q_proj"
@@ -364,8 +367,8 @@ def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
             down = torch.randn(r, n, device=device) / n**0.5
             adapter[name + ".lora_A.weight"] = down
             adapter[name + ".lora_B.weight"] = torch.zeros(m, r, device=device)
-    way_in = model.pos_embed.proj.weight  # (D, C, p, p)
-    adapter["source_proj.weight"] = torch.zeros_like(way_in, dtype=torch.float32)
+    base_proj = model.pos_embed.proj.weight  # (D, C, p, p)
+    adapter["source_proj.weight"] = torch.zeros_like(base_proj, dtype=torch.float32)
     if video:
         d = model.width
         heads = max(1, d // 3 // TEMPORAL_HEAD)
@@ -378,9 +381,9 @@ def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
 
 
 def merged(model: MMDiT, adapter: Adapter) -> Adapter:
-    """The adapter with W + B A in place of each B, A, differentiable: in float32 cheaper than
-    the detour, for the many passes of a rollout. Half precision, where W + B A would lose a small
-    B A, and wide bases, whose weights one does not want twice, keep the detour."""
+    """The adapter with W + B A in place of each B, A, differentiable: one product a layer in each
+    of a rollout's many passes. Returned as it is in half precision, where W + B A would lose a small
+    B A, and on wide bases, whose weights one does not want twice."""
     weight = model.proj_out.weight
     half = weight.dtype != torch.float32
     half = half or torch.is_autocast_enabled(weight.device.type)

@@ -20,7 +20,8 @@ def time_grid(n: int, shift: float = 1.0) -> Tensor:
 
 
 def noise(n: int, frames: int, shape, generator: torch.Generator) -> Tensor:
-    """Noise for n clips, one for all frames of a clip, to steady them. -> (n F, *shape)"""
+    """Noise for n clips, the same in every frame of a clip, or edits would flicker; pictures are
+    clips of one frame. -> (n F, *shape)"""
     return torch.randn((n, *shape), generator=generator).repeat_interleave(frames, 0)
 
 
@@ -36,9 +37,8 @@ def integrate(velocity: Velocity, eps: Tensor, ts: Tensor) -> Iterator[Tensor]:
 
 
 def rollout(velocity: Velocity, eps: Tensor, ts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Bootstrap (Algorithm 1, step 2): a trajectory from eps (B, C, H, W), of which k (B,) is the
-    node of ts to stop at. -> y_t (B, C, H, W), exact at ts[k], and y_0 (B, C, H, W), the clean end
-    """
+    """Bootstrap (Algorithm 1, step 2): a trajectory from eps (B, C, H, W) to its clean end, and the
+    state at node k (B,) of ts on its way. -> y_t, at ts[k], and y_0, both (B, C, H, W)"""
     y_t = eps  # node 0
     for i, y in enumerate(integrate(velocity, eps, ts), start=1):
         here = (k == i)[:, None, None, None]
@@ -65,8 +65,8 @@ def route(how: str, y_hat: Tensor, y_0: Tensor) -> Tensor:
 
 
 def editor(model, adapter, prompt, x: Tensor, frames: int = 1) -> Velocity:
-    """The editor of the sources x (B, C, H, W), every `frames` of them a clip, under `prompt`, as a
-    velocity to integrate."""
+    """The editor of the sources x (B, C, H, W) under `prompt`, as a velocity to integrate. The
+    frames of a clip follow one another in the batch."""
 
     def velocity(y, t):
         return model(y, t, prompt, x, adapter, frames)

@@ -8,8 +8,8 @@
 Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl, samples/, held/
 (the pictures on them), README.md (the card), index.html, and checkpoint.safetensors for --resume.
 
-What happens is `main`: encode once, make what is trained, then the loop. The loss is `byg_loss` in
-losses.py; files and folders are in files/run.py.
+Start at `main`: encode once, make what is trained, then the loop. The loss is `byg_loss` in
+losses.py; what is written, and the ranks of torchrun, are in files/run.py.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from routing import ROUTES, time_grid
 
 CUES = ("delta", "delta-own", "cosine")  # own: under the state's noise, for snowfall and the like
 DTYPES = ("fp32", "bf16", "fp16")
-HELD = 6  # pictures kept out of training, for the sample sheets
+HELD = 6  # pictures kept out of training, for the sample sheets; an eighth of a small folder
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Recipe:
     lr: float = 1e-2  # for Muon, the highest that was tried
     muon: bool = True  # AdamW at 4e-3 succeeds 10 points less often (measured)
     weight_decay: float = 1e-2  # the paper's
-    warmup: int = 20  # steps to the full rate; then a cosine to zero
+    warmup: int = 20  # steps of rising rate, times a cosine to zero
     ema: float = 0.98  # of the averaged adapter, about a quarter of the steps
     rank: int = 32  # of the LoRA; the base is 192 wide
     n: int = 8  # Euler steps of the rollout
@@ -166,8 +166,8 @@ def options() -> tuple[argparse.Namespace, Recipe, list[pathlib.Path]]:
     recipe = RECIPES[o.recipe]
     if clips:
         recipe = replace(recipe, **CLIPS[o.recipe])
-        o.frames = o.frames or 8
-    o.frames = o.frames or 1
+    if o.frames is None:
+        o.frames = 8 if clips else 1
     given = {k: v for k, v in vars(o).items() if hasattr(recipe, k) and v is not None}
     recipe = replace(recipe, **given)
     if not recipe.bootstrap:  # nothing is rolled out, so there is no end to route
@@ -227,7 +227,7 @@ def split_rows(n: int) -> tuple[Tensor, Tensor]:
 
 
 def set_rate(opt: torch.optim.Optimizer, step: int, recipe: Recipe) -> float:
-    """Warm-up, then a cosine to zero. -> the rate"""
+    """Warm-up times a cosine to zero. -> the rate"""
     cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
     rate = recipe.lr * min(1, step / max(1, recipe.warmup)) * cosine
     for group in opt.param_groups:
@@ -248,7 +248,7 @@ def main():
         out = pathlib.Path(o.out)
         rows = read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo)
         run.claim(out, o.resume)
-        device, half = choose_device(o.dtype)
+        device, half = choose_device(o.dtype)  # half: None, or the dtype of autocast
         on_gpu = device.type == "cuda"
         model, vae, text, shift = load_base(o.base, device, half if on_gpu else None)
         size = run.training_size(o.size, model, vae, out if o.resume else None)
@@ -257,7 +257,7 @@ def main():
     if run.RANKS > 1:
         dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     del text, vae.encoder  # everything is encoded
-    held_back, rows = split_rows(len(data.rows))
+    held_rows, train_rows = split_rows(len(data.rows))
 
     # What is trained: the adapter, in float32; its moving average is the bootstrap and the result.
     torch.manual_seed(o.seed)
@@ -281,19 +281,23 @@ def main():
         compile_blocks(model, device)
 
     # What a run's folder begins with; rank 0 alone writes.
-    held = [data.rows[i] for i in held_back]
+    held = [data.rows[i] for i in held_rows]
     run.begin(out, vars(o) | asdict(recipe) | {"size": size}, held, data)
     editor_steps = time_grid(edit_steps(model), shift)
-    look = partial(run.sheet, out, model, vae, average, data, held_back, o.frames, editor_steps)
+    write_sheet = partial(
+        run.sheet, out, model, vae, average, data, held_rows, o.frames, editor_steps
+    )
     if first == 0:
         with autocast:
-            look(0)
+            write_sheet(0)
     stop = run.catch_signals()
     log = run.open_log(out, first)
     begun, bad = time.time(), 0
     for step in (bar := run.progress(first, recipe.steps)):
         rate = set_rate(opt, step, recipe)
-        batch = draw(data, rows, recipe, o.frames, rng, slice(run.RANK, None, run.RANKS), device)
+        batch = draw(
+            data, train_rows, recipe, o.frames, rng, slice(run.RANK, None, run.RANKS), device
+        )
         with_identity = torch.rand((), generator=rng).item() < recipe.identity_share
         figures = {}
         if with_identity or step <= recipe.identity_first:  # a graph, hence a backward, of its own
@@ -328,7 +332,7 @@ def main():
         due = step % o.every == 0 or step == recipe.steps
         if due:
             with autocast:
-                figures["change"] = look(step)
+                figures["change"] = write_sheet(step)
         line = {"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)}
         log.write(json.dumps(line | figures) + "\n")
         if due or halt or bad == 5:  # after its line, so that none is left out of a saved run

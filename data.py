@@ -1,6 +1,6 @@
 """A folder of unpaired pictures or clips -> what training draws its batches from.
 
-Every row has a file and four texts: src, a caption of the picture; tgt, of the wished-for result;
+Every row has a file and four texts: src, a caption of the picture; tgt, a caption of the result;
 instr, the edit as an order; undo, the order that leads back. From most to least specific they come
 from a line of tuples.jsonl (file_name, src, tgt, instr, undo), from the command line, or from a
 caption and --instr by a small grammar. Captions are in metadata.jsonl (file_name, text) or, where
@@ -230,6 +230,9 @@ def encode(rows: list, size: tuple, frames: int, vae, text: Callable, device) ->
         z = [vae.encode(to_pixels(part.numpy()).to(device)).cpu() for part in few]
         latents.append(torch.cat(z))
         read.append(row)
+        if len(read) % 64 == 0:  # in blocks: small ones among the encoder's large tear the memory
+            block = latents[-64:]
+            latents[-64:] = torch.cat(block).split([len(z) for z in block])
     words = sorted({"", *(row[kind] for row in read for kind in KINDS)})
     parts = [text(words[i : i + 64]) for i in range(0, len(words), 64)]
     texts = tuple(torch.cat(part).cpu() for part in zip(*parts))
@@ -262,14 +265,16 @@ def draw(data: Encoded, rows: Tensor, recipe, frames: int, rng, mine: slice, dev
 
 def check_captions(data: Encoded) -> None:
     """Captions are cut at the encoders' length; raises UserError where no target differs then."""
-    src, tgt = (data.prompt(kind, torch.arange(len(data.rows))) for kind in ("src", "tgt"))
-    apart = sum((a - b).abs().flatten(1).amax(1) for a, b in zip(src, tgt)) > 1e-3  # (rows,)
-    alike = len(apart) - int(apart.sum())
+    alike = 0
+    for rows in torch.arange(len(data.rows)).split(64):
+        src, tgt = data.prompt("src", rows), data.prompt("tgt", rows)
+        apart = sum((a - b).abs().flatten(1).amax(1) for a, b in zip(src, tgt))  # (64,)
+        alike += int((apart <= 1e-3).sum())
     told = (
-        f"{alike} of {len(apart)} target captions read like their source's and teach nothing: "
+        f"{alike} of {len(data.rows)} target captions read like their source's and teach nothing: "
         "long ones are cut; shorten them"
     )
-    if alike == len(apart):
+    if alike == len(data.rows):
         raise UserError(told)
     if alike:
         print(f"warning: {told}", file=sys.stderr)

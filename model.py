@@ -382,7 +382,7 @@ def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
 
 def merged(model: MMDiT, adapter: Adapter) -> Adapter:
     """The adapter with W + B A in place of each B, A, differentiable: one product a layer in each
-    of a rollout's many passes. Returned as it is in half precision, where W + B A would lose a small
+    of a rollout's many passes. Left as it is in half precision, where W + B A would lose a small
     B A, and on wide bases, whose weights one does not want twice."""
     weight = model.proj_out.weight
     half = weight.dtype != torch.float32

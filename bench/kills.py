@@ -1,15 +1,18 @@
-"""Nothing is lost: a training is killed (SIGKILL) at random moments and resumed each time, and ends bit for bit as one never killed.
+"""Nothing is lost: a training is killed (SIGKILL) at random moments and resumed each time, and ends
+bit for bit as one that was never killed.
 
-    python bench/kills.py --kills 30 --seed 0               # about two minutes
+    python bench/kills.py --kills 30 --seed 0       # about two minutes
 
-It saves at every step, so that many of the kills fall into a save. After each kill every file that is there must be whole. The last line is
-one JSON object. Linux and macOS only (fork).
+It saves at every step, so that many of the kills fall into a save. After each kill every file that
+is there must be whole. The last line is one JSON object. Linux and macOS only (fork).
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
@@ -24,10 +27,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
-grid = train.time_grid
-train.time_grid = lambda n, shift: grid(
-    min(n, 2), shift
-)  # quick sample sheets, so that most of the time goes to saving
+OPTIONS = '--instr "make it winter" --base tiny --batch 2 --n 2 --rank 2 --every 1 --size 32'
+
+
+def two_steps(model):
+    return 2
 
 
 def start(data, out, steps, resume):
@@ -36,39 +40,11 @@ def start(data, out, steps, resume):
         return pid
     code = 1
     try:
-        sys.argv = [
-            "train.py",
-            "--data",
-            str(data),
-            "--instr",
-            "make it winter",
-            "--base",
-            "tiny",
-            "--out",
-            str(out),
-            "--steps",
-            str(steps),
-            "--identity-first",
-            "2",
-            "--batch",
-            "2",
-            "--states",
-            "2",
-            "--n",
-            "2",
-            "--rank",
-            "2",
-            "--views",
-            "2",
-            "--held",
-            "1",
-            "--every",
-            "1",
-            "--warmup",
-            "3",
-            "--size",
-            "32",
-        ] + ["--resume"] * resume
+        train.edit_steps = two_steps  # quick sample sheets: most of the time goes to saving
+        few = {"identity_first": 2, "warmup": 3}
+        train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], **few)
+        sys.argv = ["train.py", *shlex.split(OPTIONS), "--data", str(data), "--out", str(out)]
+        sys.argv += ["--steps", str(steps)] + ["--resume"] * resume
         sys.stdout = sys.stderr = open(os.devnull, "w")
         train.main()
         code = 0
@@ -79,15 +55,31 @@ def start(data, out, steps, resume):
 
 
 def whole(out):
-    """Reads all that a killed run left; raises where a file is torn. -> the step of the last save"""
+    """Reads all that a killed run left; raises where a file is torn. -> lines of the log"""
     for path in out.glob("*.safetensors"):
         load_file(path)
     for path in out.glob("*.json"):
         json.loads(path.read_text())
-    lines = (out / "log.jsonl").read_text().splitlines() if (out / "log.jsonl").exists() else []
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
     for line in lines[:-1]:  # the last may be torn; --resume drops it
         json.loads(line)
     return len(lines)
+
+
+def steps_of(out):
+    """The steps in the log."""
+    return [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def check_same(never, often, steps):
+    """Raises AssertionError where two runs differ, or a log is not every step once."""
+    for name in ("checkpoint.safetensors", "adapter.safetensors"):
+        a, b = load_file(never / name), load_file(often / name)
+        same = a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
+        assert same, f"{name} differs from the run that was never killed"
+    every = list(range(1, steps + 1))
+    assert steps_of(never) == steps_of(often) == every, "the log has gaps or doubles"
 
 
 def survive(kills, steps, seed):
@@ -113,44 +105,22 @@ def survive(kills, steps, seed):
             if status == 0:  # it was done before the kill came: once more from the start
                 shutil.rmtree(often)
         assert os.waitpid(pid, 0)[1] == 0, "the last resume failed"
-        for name in ("checkpoint.safetensors", "adapter.safetensors"):
-            a, b = load_file(never / name), load_file(often / name)
-            assert a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a), (
-                f"{name} differs from the run that was never killed"
-            )
-        steps_of = lambda out: [
-            json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()
-        ]  # noqa: E731
-        assert steps_of(never) == steps_of(often) == list(range(1, steps + 1)), (
-            "the log has gaps or doubles"
-        )
+        check_same(never, often, steps)
     return reached
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    kind = argparse.ArgumentDefaultsHelpFormatter
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=kind)
     p.add_argument("--kills", type=int, default=30)
     p.add_argument("--steps", type=int, default=40)
     p.add_argument("--seed", type=int, default=0)
     o = p.parse_args()
     begun = time.time()
     reached = survive(o.kills, o.steps, o.seed)
-    print(
-        f"{o.kills} kills, at log lines {reached}: every file whole, the end bit for bit that of a run never killed"
-    )
-    print(
-        json.dumps(
-            {
-                "kills": o.kills,
-                "steps": o.steps,
-                "seed": o.seed,
-                "reached": reached,
-                "seconds": round(time.time() - begun),
-            }
-        )
-    )
+    same = "every file whole, the end bit for bit that of a run never killed"
+    print(f"{o.kills} kills, at log lines {reached}: {same}")
+    print(json.dumps(vars(o) | {"reached": reached, "seconds": round(time.time() - begun)}))
 
 
 if __name__ == "__main__":

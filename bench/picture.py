@@ -2,9 +2,8 @@
 
     python bench/picture.py out_winter out_sunset out_blue        # a few seconds; tiny/title.png
 
-Rows are scenes of the embedded world that no training saw: the first of --seed that are drawn in
-clear daylight, at sunset, and in the rain. Columns: the source, the edit of each run, and the
-first run's edit undone.
+Rows are scenes of the embedded world that no training saw, drawn from --seed: two in clear weather,
+one in the rain. Columns: the source, the edit of each run, and the first run's edit undone.
 """
 
 import argparse
@@ -26,7 +25,7 @@ HEAD = 24  # pixels of the line of headings
 ROWS = (
     {"time": "day", "weather": "clear", "kind": "pine"},
     {"time": "day", "weather": "clear", "kind": "round"},
-    {"time": "sunset", "weather": "rain", "kind": "pine"},
+    {"time": "day", "weather": "rain", "kind": "poplar"},
 )
 
 
@@ -83,7 +82,7 @@ def main():
         columns[f'"{instr}"'] = edit(run, sources, [instr] * len(world))
     first = read_run(runs[0])["instr"]
     undo = [derive(first, caption)[1] for caption in captions]
-    columns["the first undone"] = edit(runs[0], columns[f'"{first}"'], undo)
+    columns[f"{first.split()[-1]} undone"] = edit(runs[0], columns[f'"{first}"'], undo)
     write_image(o.out, sheet(columns))
     print(o.out)
 

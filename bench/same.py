@@ -1,10 +1,10 @@
 """Guards a refactor: does the working tree train, bit for bit, as another revision did?
 
-    python bench/same.py HEAD~1                         # a minute; exit status 1 at the first difference
-    python bench/same.py d9310f5 --then "--imitate 0"   # where that revision needs other options
+    python bench/same.py HEAD~1                     # a minute; exit status 1 where anything differs
+    python bench/same.py HEAD~9 --then "--rank 16"  # where that revision needs other options
 
-Both train six steps of pictures and six of clips. Compared are every tensor of the adapter and of the
-checkpoint, every line of the log but its seconds, and every pixel of the sample sheets.
+Both train six steps of pictures and six of clips. Compared are every tensor of the adapter and of
+the checkpoint, every line of the log but its seconds, and every pixel of the sample sheets.
 """
 
 import argparse
@@ -50,6 +50,20 @@ def contents(out: pathlib.Path) -> dict[str, np.ndarray]:
     return found
 
 
+def compare(name: str, then: pathlib.Path, now: pathlib.Path, left_out: str) -> int:
+    """-> how many things differ"""
+    a, b = contents(then), contents(now)
+    if left_out:
+        a = {key: value for key, value in a.items() if left_out not in key}
+    odd = sorted(a.keys() ^ b.keys())
+    for key in a.keys() & b.keys():
+        if not np.array_equal(a[key], b[key], equal_nan=True):
+            odd.append(key)
+    text = f"{name}: {len(a)} tensors, figures and pictures, {len(odd)} differ"
+    print(text, ", ".join(odd[:3]))
+    return len(odd)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("revision", help="of git, to compare the working tree with")
@@ -58,37 +72,19 @@ def main():
     p.add_argument("--only", choices=RUNS, help="pictures or clips alone")
     p.add_argument("--left-out", default="", help="names that contain this need not be there today")
     o = p.parse_args()
+    different = 0
     with tempfile.TemporaryDirectory() as tmp:
         old = pathlib.Path(tmp, "revision")
         subprocess.run(["git", "worktree", "add", "-q", old, o.revision], cwd=ROOT, check=True)
         try:
-            different = 0
-            for name, options in RUNS.items():
-                if o.only and name != o.only:
-                    continue
-                train(old, f"{options} {o.then}", pathlib.Path(tmp, f"{name}-then"))
-                train(ROOT, f"{options} {o.now}", pathlib.Path(tmp, f"{name}-now"))
-                different += compare(
-                    name, *(pathlib.Path(tmp, f"{name}-{w}") for w in ("then", "now")), o.left_out
-                )
+            for name in [o.only] if o.only else RUNS:
+                then, now = pathlib.Path(tmp, f"{name}-then"), pathlib.Path(tmp, f"{name}-now")
+                train(old, f"{RUNS[name]} {o.then}", then)
+                train(ROOT, f"{RUNS[name]} {o.now}", now)
+                different += compare(name, then, now, o.left_out)
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", old], cwd=ROOT, check=True)
     sys.exit(different > 0)
-
-
-def compare(name: str, then: pathlib.Path, now: pathlib.Path, left_out: str) -> int:
-    """-> how many things differ"""
-    a, b = contents(then), contents(now)
-    if left_out:
-        a = {key: value for key, value in a.items() if left_out not in key}
-    odd = sorted(a.keys() ^ b.keys())
-    odd += [
-        key for key in a.keys() & b.keys() if not np.array_equal(a[key], b[key], equal_nan=True)
-    ]
-    print(
-        f"{name}: {len(a)} tensors, figures and pictures, {len(odd)} differ {odd[:3] if odd else ''}"
-    )
-    return len(odd)
 
 
 if __name__ == "__main__":

@@ -329,12 +329,11 @@ def load_adapter(path: pathlib.Path, model: MMDiT) -> Adapter:
     tensors, _ = read_tensors(path)
     ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
     video = any(".temporal." in k for k in tensors)
-    names = {key_in_file(k): k for k in new_adapter(model, max(ranks, default=1), video)}
     like = new_adapter(model, max(ranks, default=1), video)
-    gate = key_in_file("source_gate.weight")  # of the bundled editor alone, see MMDiT.forward
-    if gate in tensors:
-        names[gate] = "source_gate.weight"
-        like["source_gate.weight"] = torch.zeros_like(model.proj_out.weight, dtype=torch.float32)
+    gate = "source_gate.weight"  # in the bundled editor's file alone, see MMDiT.forward
+    if key_in_file(gate) in tensors:
+        like[gate] = torch.zeros_like(model.proj_out.weight, dtype=torch.float32)
+    names = {key_in_file(name): name for name in like}
     for key in names.keys() | tensors.keys():
         known = key in names and key in tensors
         if not known or tensors[key].shape != like[names[key]].shape:

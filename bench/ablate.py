@@ -1,228 +1,280 @@
-"""What each part of the method does: the paper's Table 4 on the embedded base, routings, sweeps, and quality against steps.
+"""What each part of the method does: the paper's Table 4 on the embedded base, and more.
 
-    python bench/ablate.py ablation --seeds 3 --steps 80          # an hour on two cores; goes on where it was stopped
-    python bench/ablate.py routing --seeds 3 --steps 80           # rows that another table has are not run again
-    python bench/ablate.py sweeps --seeds 1 --steps 80
-    python bench/ablate.py steps --seeds 3
+    python bench/ablate.py ablation           # half an hour on two cores; goes on where it stopped
+    python bench/ablate.py choices            # what the recipe has beyond the paper
+    python bench/ablate.py routing            # rows that another table has are not run again
+    python bench/ablate.py steps
 
-Every row is the README's own run ("make it winter", shortened, its phases in proportion, and without imitation, which would do in advance
-what the parts are to do) with one thing changed, for several training seeds, judged as in bench/evaluate.py on the same held-out
-scenes. The paper's figures are marks out of 10 by a language model (about 60 samples), ours are measured; only the directions can be
-compared. Writes bench/results/<table>.md and .png; every run is kept in bench/results/runs.json as it ends.
+Every row is the README's own run ("make it winter") with one thing changed, judged as in
+bench/evaluate.py on the same held-out scenes. The paper's figures are marks out of 10 by a language
+model, from about 60 samples; ours are measured, so only the directions can be compared. Writes
+bench/results/<table>.md, and ablation.png; every run is kept in bench/results/runs.json as it ends,
+until the recipe's numbers change.
 """
 
 import argparse
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from files.disk import write  # noqa: E402
+from files.pictures import write_image  # noqa: E402
+from train import RECIPES  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
-ABLATION = {  # what is changed, and the paper's success and preservation
-    "full": ("", "8.3 / 7.6"),
-    "without routing (the cycle sees the one-step prediction)": ("--routing onestep", "8.9 / 7.2"),
-    "without cycle": ("--cycle 0", "9.0 / 7.2"),
-    "without direction (the anchor alone)": ("--cue anchor", "8.4 / 7.2"),
-    "without bootstrapping (noised source)": ("--no-bootstrap", "5.5 / 7.1"),
-    "without prior (no teacher cue)": ("--prior 0", "0.6 / 9.8"),
-    "without random identity": ("--identity-share 0", "8.4 / 7.5"),
-    "with imitation (of followed cues, in the first half of the steps)": ("--imitate .5", ""),
-}
+WORK = ROOT / "bench" / "work"
+RECIPE = zlib.crc32(repr(RECIPES["default"]).encode())  # runs of other numbers are not comparable
+FIGURES = ("success", "preservation_db", "psnr_truth_db", "wrong")  # kept of evaluate.py's
+
+# Of each row what is changed: options of train.py, or numbers of the recipe that have none.
 TABLES = {
-    "ablation": ABLATION,
+    "ablation": {
+        "full": "",
+        "without routing": "--routing onestep",
+        "without cycle": "--cycle 0",
+        "without bootstrapping": "--no-bootstrap",
+        "without the cue": "--prior 0",
+        "the paper's cosine": "--cue cosine --prior 0.15",
+    },
+    "choices": {
+        "the recipe": "",
+        "AdamW": {"muon": False, "lr": 4e-3},
+        "the cue under the state's noise": "--cue delta-own",
+        "the cue without guidance": "--guidance 1",
+    },
     "routing": {
-        f"routing: {name}": (flags, "")
-        for name, flags in (
-            ("straight-through", ""),
-            ("one-step", "--routing onestep"),
-            ("detach", "--routing detach"),
-            ("backprop", "--routing backprop"),
-        )
+        "straight-through": "",
+        "one-step": "--routing onestep",
+        "detach": "--routing detach",
+        "backprop": "--routing backprop",
     },
-    "sweeps": {
-        "the recipe": ("", ""),
-        "cue under the state's own noise": ("--no-fresh-noise", ""),
-        "cosine cue": ("--cue cosine", ""),
-        "cosine cue without anchor": ("--cue cosine --alpha 0", ""),
-    }
-    | {
-        f"{name} {value}": (f"--{name} {value}", "")
-        for name, values in (
-            ("guidance", (1, 5)),
-            ("n", (4, 12)),
-            ("states", (1, 4)),
-            ("ema", (0, 0.8)),
-            ("prior", (2, 8)),
-            ("cycle", (1, 4)),
-        )
-        for value in values
-    },
-    "steps": {f"{n} steps": (f"--steps {n}", "") for n in (40, 80, 160, 300)},
+    "steps": {f"{n} steps": f"--steps {n}" for n in (40, 80, 160, 200)},
 }
+PAPER = {  # success / preservation
+    "full": "8.3 / 7.6",
+    "without routing": "8.9 / 7.2",
+    "without cycle": "9.0 / 7.2",
+    "without bootstrapping": "5.5 / 7.1",
+    "without the cue": "0.6 / 9.8",
+}
+TRAIN = '--data tiny/examples --base tiny --dtype fp32 --every 1000 --instr "make it winter"'
+PATCHED = """import dataclasses, train
+train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], **{patch})
+train.main()"""
+
+TILE, GAP = 3, 6  # enlargement and distance of the picture's tiles
+SCENES = 2  # held-back pictures shown, the brightest
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+def as_text(change):
+    """An entry of TABLES, as the table shows it."""
+    if isinstance(change, str):
+        return change
+    return ", ".join(f"{name} = {value}" for name, value in change.items())
+
+
+def name_of(change, seed, o):
+    """The name of a training, which is the same in every table."""
+    text = as_text(change)
+    if "--steps" not in text:
+        text = f"{text} --steps {o.steps}".strip()
+    return f"{text} --seed {seed}"
+
+
+def key_of(change, seed, o):
+    """The name of a training and its examination in runs.json."""
+    return f"{name_of(change, seed, o)} / {o.n} scenes of seed {o.scenes}"
+
+
+def folder(change, seed, o):
+    """Where a training goes on, were it stopped."""
+    return WORK / f"run-{zlib.crc32(f'{RECIPE} {name_of(change, seed, o)}'.encode()):08x}"
+
+
+def read_runs(file):
+    """The finished runs of today's recipe. -> {key: figures}"""
+    runs = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    return {key: figures for key, figures in runs.items() if figures.get("recipe") == RECIPE}
 
 
 def call(*args):
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    """A Python command, in the project's folder. -> what it prints"""
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(
-            f"ablate.py: {' '.join(map(str, args))} failed: {done.stderr.strip().splitlines()[-1:]}"
-        )
+        sys.exit(f"ablate.py: {command} failed: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout
 
 
-def folder(key):
-    return ROOT / "bench" / "work" / f"run-{zlib.crc32(key.encode()):08x}"
+def train(change, seed, o):
+    """One training, from where it was stopped. -> its folder"""
+    out = folder(change, seed, o)
+    args = [*shlex.split(TRAIN), "--steps", o.steps, "--seed", seed, "--out", out]
+    if (out / "checkpoint.safetensors").exists():
+        args.append("--resume")
+    if isinstance(change, str):
+        call("train.py", *args, *change.split())  # of two --steps the last counts
+    else:
+        call("-c", PATCHED.format(patch=change), *args)
+    return out
 
 
-def run(key, flags, seed, o):
+def run(change, seed, o):
     """One training and its examination. -> figures"""
-    out = folder(key)
-    resume = ["--resume"] if (out / "checkpoint.safetensors").exists() else []
-    call(
-        "train.py",
-        "--data",
-        "tiny/examples",
-        "--instr",
-        "make it winter",
-        "--base",
-        "tiny",
-        "--dtype",
-        "fp32",
-        "--every",
-        1000,
-        "--seed",
-        seed,
-        "--out",
-        out,
-        *flags.split(),
-        *resume,
-    )  # float32: the same on any machine
-    judged = call(
-        "bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes, "--steps", 20
-    )  # as the committed rows, all of them
+    out = train(change, seed, o)
+    judged = call("bench/evaluate.py", "--run", out, "--n", o.n, "--seed", o.scenes)
     figures = json.loads(judged.strip().splitlines()[-1])
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    made = json.loads((out / "config.json").read_text())["made"]
-    return {k: figures[k] for k in ("success", "preservation_db", "psnr_truth_db", "wrong")} | {
-        "seconds": round(
-            log[0]["seconds"]
-            + sum(max(0, b["seconds"] - a["seconds"]) for a, b in zip(log, log[1:]))
-        ),  # may have been resumed
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    moments = [0.0, *(line["seconds"] for line in log)]
+    spent = sum(max(0, b - a) for a, b in zip(moments, moments[1:]))  # a resumed run begins at 0
+    made = json.loads((out / "config.json").read_text("utf-8"))["made"]
+    return {name: figures[name] for name in FIGURES} | {
+        "seconds": round(spent),
         "commit": made["commit"],
         "machine": made["machine"],
         "date": time.strftime("%Y-%m-%d"),
+        "recipe": RECIPE,
     }
 
 
-def table(rows, done, o, command):
-    lines = [
-        f"`{command}`",
-        "",
-        f'"make it winter", {o.n} held-out scenes; mean over training seeds (lowest to highest); success with its '
-        "standard error: of the seeds or, where that is larger, of all their edits (the scenes are the same for each).",
-        "",
-        "| run | success | preservation | truth | read wrongly | seconds | seeds |"
-        + " the paper |" * (o.table == "ablation"),
-        "|---|---|---|---|---|---|---|" + "---|" * (o.table == "ablation"),
+# ---- what is written ----------------------------------------------------------------------------
+def in_unit(values, unit):
+    """The mean, and the lowest to the highest where there are several."""
+    text = f"{np.mean(values):.1f} {unit}"
+    if len(values) > 1:
+        text += f" ({min(values):.1f} to {max(values):.1f})"
+    return text
+
+
+def success_of(runs, n):
+    """The success with its standard error: of the seeds or, where that is larger, of the edits."""
+    rates = [100 * r["success"] for r in runs]
+    mean = np.mean(rates)
+    among = np.std(rates, ddof=1) if len(runs) > 1 else 0.0
+    error = max(among, (mean * (100 - mean) / n) ** 0.5) / len(runs) ** 0.5
+    return f"{in_unit(rates, '%')} ± {error:.1f}"
+
+
+def line_of(name, change, runs, o):
+    """The cells of a row."""
+    wrong = {}
+    for r in runs:
+        for kind, count in r["wrong"].items():
+            wrong[kind] = wrong.get(kind, 0) + count
+    ordered = sorted(wrong.items(), key=lambda item: -item[1])
+    cells = [
+        name,
+        f"`{as_text(change)}`" if change else "",
+        success_of(runs, o.n),
+        in_unit([r["preservation_db"] for r in runs], "dB"),
+        in_unit([r["psnr_truth_db"] for r in runs], "dB"),
+        ", ".join(f"{kind} {count}" for kind, count in ordered) or "nothing",
+        str(len(runs)),
     ]
-    for name, (keys, paper) in rows.items():
-        runs = [done[k] for k in keys if k in done]
+    if o.table == "ablation":
+        cells.append(PAPER.get(name, ""))
+    return cells
+
+
+def table(rows, done, o):
+    """rows: {name: (change, keys of its runs)} -> Markdown"""
+    command = (
+        f"python bench/ablate.py {o.table} --seeds {o.seeds} --steps {o.steps} "
+        f"--n {o.n} --scenes {o.scenes}"
+    )
+    about = (
+        f'"make it winter", {o.n} held-out scenes. Success with its standard error: of the edits '
+        "or, where that is larger, of the training seeds."
+    )
+    if o.seeds > 1:
+        about += " In brackets the lowest and the highest of the seeds."
+    heads = "run changed success preservation truth misclassified seeds".split()
+    if o.table == "ablation":
+        heads.append("the paper")
+    lines = [heads, ["---"] * len(heads)]
+    made = set()
+    for name, (change, keys) in rows.items():
+        runs = [done[key] for key in keys if key in done]
         if runs:
-            cell = lambda key, unit, scale=1: "{:.1f}{u} ({:.1f} to {:.1f})".format(  # noqa: E731
-                *(scale * f([r[key] for r in runs]) for f in (np.mean, min, max)), u=unit
-            )
-            rates, wrong = [r["success"] for r in runs], {}
-            p, among = np.mean(rates), np.std(rates, ddof=1) if len(runs) > 1 else 0.0
-            error = max(among, (p * (1 - p) / o.n) ** 0.5) / len(runs) ** 0.5
-            for r in runs:
-                wrong |= {k: wrong.get(k, 0) + v for k, v in r["wrong"].items()}
-            lines.append(
-                f"| {name} | {cell('success', ' %', 100)} ± {100 * error:.1f} | "
-                f"{cell('preservation_db', ' dB')} | {cell('psnr_truth_db', ' dB')} | "
-                f"{', '.join(f'{k} {v}' for k, v in sorted(wrong.items(), key=lambda w: -w[1])) or 'nothing'} | "
-                f"{np.mean([r['seconds'] for r in runs]):.0f} | {len(runs)} |"
-                + f" {paper} |"
-                * (o.table == "ablation")
-            )
-    made = sorted(
-        {
-            f"{r['commit']} on {r['date']}, {r['machine']}"
-            for keys, _ in rows.values()
-            for k in keys
-            if (r := done.get(k))
-        }
-    )
-    return "\n".join([*lines, "", "Made by commit " + "; ".join(made) + "."]) + "\n"
+            lines.append(line_of(name, change, runs, o))
+        made |= {f"{r['commit']} on {r['date']}, {r['machine']}" for r in runs}
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"`{command}`\n\n{about}\n\n{text}\n\nMade by commit {'; '.join(sorted(made))}.\n"
 
 
-def picture(names):
-    """Source, edit, edit undone of the first held-back pictures, a block for each row of the table. names: {name: run folder}"""
-    blocks = []
-    for name, out in names.items():
-        strip = Image.open(out / "samples" / "latest.png")
-        strip = strip.resize((strip.width // 2, strip.height // 2), Image.Resampling.NEAREST)
-        block = Image.new("RGB", (strip.width + 8, 16 + strip.height * 2 // 3), "white")
-        block.paste(strip, (0, 16))
-        ImageDraw.Draw(block).text((4, 2), name.split(" (")[0], "black")
-        blocks.append(np.asarray(block))
-    blocks += [np.full_like(blocks[0], 255)] * (
-        -len(blocks) % 8 if len(blocks) > 8 else 0
-    )  # lines of eight
-    return Image.fromarray(
-        np.concatenate([np.concatenate(blocks[i : i + 8], 1) for i in range(0, len(blocks), 8)])
-    )
+def tiles_of(out):
+    """A run's last sample sheet. -> (rows, 3, 64, 64, 3): source, edit, edit undone"""
+    sheet = np.asarray(Image.open(out / "samples" / "latest.png").convert("RGB"))
+    zoom = sheet.shape[1] // (3 * 72)
+    sheet = sheet[::zoom, ::zoom]  # tiles of 64 pixels, each with a border of 4
+    tiles = sheet.reshape(-1, 72, 3, 72, 3).swapaxes(1, 2)
+    return tiles[:, :, 4:-4, 4:-4]
+
+
+def picture(outs):
+    """The edits of two bright scenes, each with the edit undone below. outs: {name: run folder}"""
+    tiles = {name: tiles_of(out) for name, out in outs.items()}
+    sources = next(iter(tiles.values()))[:, 0]  # the same in every run
+    bright = np.argsort(-sources.mean((1, 2, 3)))[:SCENES]
+    columns = {"source": [sources[i] for i in bright for _ in range(2)]}
+    for name, run_tiles in tiles.items():
+        columns[name] = [run_tiles[i, state] for i in bright for state in (1, 2)]
+    side, head = 64 * TILE, 24
+    size = (len(columns) * (side + GAP) + GAP, head + 2 * SCENES * (side + GAP))
+    page = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for i, (name, column) in enumerate(columns.items()):
+        left = GAP + i * (side + GAP)
+        draw.text((left + side // 2, head // 2), name, "black", font, anchor="mm")
+        for j, tile in enumerate(column):
+            large = Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
+            page.paste(large, (left, head + j * (side + GAP)))
+    return page
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("table", choices=TABLES)
+    p.add_argument("--seeds", type=int, default=1, help="training seeds (1)")
+    p.add_argument("--steps", type=int, default=200, help="optimizer steps of every run (200)")
+    p.add_argument("--n", type=int, default=200, help="held-out scenes (200)")
+    p.add_argument("--scenes", type=int, default=909, help="seed of the scenes (909)")
+    p.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder (bench/results)")
+    return p.parse_args()
 
 
 def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument("table", choices=TABLES)
-    p.add_argument("--seeds", type=int, default=3, help="training seeds")
-    p.add_argument("--steps", type=int, default=80, help="optimizer steps of every run")
-    p.add_argument("--n", type=int, default=100, help="held-out scenes")
-    p.add_argument("--scenes", type=int, default=909, help="seed of the scenes")
-    o = p.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    file, rows, todo = RESULTS / "runs.json", {}, []
-    done = json.loads(file.read_text()) if file.exists() else {}
+    o = options()
+    file = o.out / "runs.json"
+    done = read_runs(file)
+    rows = {}
+    for name, change in TABLES[o.table].items():
+        rows[name] = change, [key_of(change, seed, o) for seed in range(o.seeds)]
     for seed in range(o.seeds):
-        for name, (flags, paper) in TABLES[o.table].items():
-            steps = int(flags.split()[1]) if flags.startswith("--steps") else o.steps
-            flags = (
-                f"--steps {steps} --identity-first {steps // 30} --warmup {steps // 15} --imitate 0 "
-                + flags.removeprefix(f"--steps {steps}")
-            )
-            key = f"{flags.strip()} --seed {seed} / {o.n} scenes of seed {o.scenes}"
-            rows.setdefault(name, ([], paper))[0].append(key)
-            todo.append((name, key, flags, seed))
-    for name, key, flags, seed in todo:
-        if key not in done:
-            done[key] = run(key, flags, seed, o)
-            file.write_text(json.dumps(done, indent=1) + "\n")
-            print(f"{name}, seed {seed}: {done[key]}", flush=True)
-        command = f"python bench/ablate.py {o.table} --seeds {o.seeds} --steps {o.steps} --n {o.n} --scenes {o.scenes}"
-        (RESULTS / f"{o.table}.md").write_text(table(rows, done, o, command))
-    here = lambda keys: {
-        name: folder(k)
-        for name, k in zip(rows, keys)  # noqa: E731
-        if k in done and (folder(k) / "samples" / "latest.png").exists()
-    }
-    if len(blocks := max(map(here, zip(*(keys for keys, _ in rows.values()))), key=len)) == len(
-        rows
-    ):  # of a seed of which all runs are here
-        picture(blocks).save(RESULTS / f"{o.table}.png")
-    print(
-        json.dumps({name: [done[k]["success"] for k in keys] for name, (keys, _) in rows.items()})
-    )
+        for name, (change, keys) in rows.items():
+            key = keys[seed]
+            if key not in done:
+                figures = run(change, seed, o)
+                print(f"{name}, seed {seed}: {figures}", flush=True)
+                done = read_runs(file) | done | {key: figures}  # another table may have written
+                write(file, json.dumps(done, indent=1) + "\n")
+            write(o.out / f"{o.table}.md", table(rows, done, o))
+    outs = {name: folder(change, 0, o) for name, (change, _) in rows.items()}
+    here = [out for out in outs.values() if (out / "samples" / "latest.png").exists()]
+    if o.table == "ablation" and len(here) == len(outs):
+        write_image(o.out / "ablation.png", picture(outs))
+    rates = {name: [done[key]["success"] for key in keys] for name, (_, keys) in rows.items()}
+    print(json.dumps(rates))
 
 
 if __name__ == "__main__":

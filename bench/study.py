@@ -1,11 +1,16 @@
-"""What nobody has published: how true each routing's gradient is, and how true the teacher's cue.
+"""How true each routing's gradient is, and how true the teacher's cue: nobody has published either.
 
-    python bench/study.py --n 16 --seed 99 --runs bench/work/run-... out          # ten minutes on two cores
+    python bench/study.py --n 16 --seed 99 --runs out          # ten minutes on two cores
 
-Routing: the gradient of the cycle alone with respect to the adapter, as each routing gives it, against the exact one (back-propagation
-through the whole rollout): their cosine and the ratio of their lengths at every node t of the training grid, for an adapter before
-training and for those of --runs; and what a step costs. The cue: |v_tgt - v_src| / |v_src| and the cosine of the wanted change with the
-true one, x - y (the renderer's y), over t: asked at the source, where an edit begins, and at the true edit, where it should end.
+Routing: the gradient of the cycle alone with respect to the adapter, as each routing gives it,
+against the exact one, by back-propagation through the whole rollout: their cosine and the ratio of
+their lengths at every node t of the training grid, for an adapter before training and for those of
+--runs; and what a cycle costs.
+
+The cue: |v_tgt - v_src| / |v_src|, and the cosine of the requested change with the true one, x - y,
+where y is the renderer's, over t: asked at the source, where an edit begins, and at the true edit,
+where it should end.
+
 "make it winter" on held-out scenes with full captions. Writes bench/results/study.md.
 """
 
@@ -14,225 +19,208 @@ import contextlib
 import json
 import pathlib
 import time
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
-from evaluate import held_out, read_json, scenes  # puts the repository on the path, so first
+import torch.nn.functional as F
+from evaluate import held_out, scenes  # puts the repository on the path, so first
 from memory import Meter
 
-from data import derive  # isort: skip
+from data import Batch, derive
 from edits import change
-from files.run import load_adapter, origin  # noqa: E402
-from frozen.load import load_base  # noqa: E402
+from files.disk import write
+from files.run import load_adapter, origin, read_run
+from frozen.load import load_base
 from frozen.vae import to_pixels
-from losses import byg_loss, delta_change, fade, teacher
+from losses import byg_loss, change_of, teacher
 from model import merged, new_adapter
 from routing import ROUTES, time_grid
 from train import RECIPES
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+RECIPE = RECIPES["default"]
+CUE = """## The cue
+
+| t | strength | cosine with the true change, at the source: paper | delta \
+| at the true edit: paper | delta |
+|---|---|---|---|---|---|"""
+ROUTING = """
+## Routing: {}
+
+Cosine with the exact gradient of the cycle (ratio of lengths). Last: of what goes through the \
+forward edit alone, without the reverse edit's own gradient, which is the same.
+
+| t | straight-through | one-step | detach | straight-through, forward edit alone |
+|---|---|---|---|---|"""
+COST = """
+## What a cycle costs
+
+Batch {}, the rollout of {} steps included; relative to detach.
+
+| | time | memory |
+|---|---|---|"""
 
 
-def gradients(model, adapter, x, prompts, eps, k, ts, o, meter=contextlib.nullcontext):
-    """-> {routing: (gradient of the cycle as one vector, seconds, meter)}; a meter slows it, so its seconds say nothing"""
-    found = {}
-    for routing in ROUTES:
-        options = argparse.Namespace(
-            **vars(o) | {"routing": routing, "prior": 0.0, "cycle": 1.0, "states": 1}
-        )
-        begun = time.time()
-        with meter() as metered:
-            loss, _ = byg_loss(
-                model,
-                merged(model, adapter),
-                merged(model, adapter),
-                x,
-                prompts,
-                eps,
-                eps,
-                torch.full((len(x),), k),
-                ts,
-                options,
-            )
-            grads = torch.autograd.grad(loss, list(adapter.values()), allow_unused=True)
-        found[routing] = (
-            torch.cat(
-                [
-                    (torch.zeros_like(p) if g is None else g).flatten()
-                    for p, g in zip(adapter.values(), grads)
-                ]
-            ),
-            time.time() - begun,
-            metered,
-        )
-    return found
+# ---- the scenes ---------------------------------------------------------------------------------
+def prepare(model, vae, text, n, seed):
+    """-> a Batch of n held-out scenes, the latents y (n, C, H, W) of the true edits"""
+    world = held_out("season", "winter", n, seed)
+    rng = np.random.default_rng(seed)
+    captions = [scenes.caption(s, rng, drop=0.0) for s in world]
+    derived = [derive("make it winter", caption) for caption in captions]
+    words = {
+        "src": captions,
+        "tgt": [tgt for tgt, _ in derived],
+        "undo": [undo for _, undo in derived],
+        "instr": ["make it winter"] * n,
+        "null": [""] * n,
+    }
+    edited = [change(s, "season", "winter") for s in world]
+    x, y = (vae.encode(to_pixels(np.stack([*map(scenes.render, w)]))) for w in (world, edited))
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    k = torch.zeros(n, dtype=torch.long)
+    prompts = {kind: text(some) for kind, some in words.items()}
+    return Batch(x, eps, eps, k, **prompts, frames=1), y
 
 
-def cues(model, x, y, prompts, eps, t, guidance):
-    """Strength, and the cosines with x - y of the paper's change and of the delta cue's, at the source and at the true edit."""
-    cos = lambda a: (
-        torch.nn.functional.cosine_similarity(a.flatten(1), (x - y).flatten(1)).mean().item()
-    )  # noqa: E731
-    times, src, tgt, null = t.repeat(len(x)), *(prompts[p] for p in ("src", "tgt", "null"))
-    x_t, row = torch.lerp(x, eps, t), []
-    for state in (x_t, torch.lerp(y, eps, t)):
-        v_src, v_tgt, v_there, v_guided = teacher(
-            model,
-            [
-                ((state, times), src, None),
-                ((state, times), tgt, None),
-                ((x_t, times), src, None),
-                ((state, times), tgt, fade(guidance, times)),
-            ],
-            null,
-        )
-        row += [
-            ((v_tgt - v_src).flatten(1).norm(dim=1) / v_src.flatten(1).norm(dim=1)).mean().item()
-        ] * (state is x_t)
-        row += [cos(v_tgt - v_src), cos(delta_change(v_there, v_guided, x, x_t, state, times))]
+def first(batch, n):
+    """The batch's first n scenes."""
+    parts = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, tuple):
+            value = tuple(a[:n] for a in value)
+        elif isinstance(value, torch.Tensor):
+            value = value[:n]
+        parts[field.name] = value
+    return Batch(**parts)
+
+
+# ---- the cue ------------------------------------------------------------------------------------
+def mean_cosine(a, b):
+    """(B, C, H, W) -> number"""
+    return F.cosine_similarity(a.flatten(1), b.flatten(1)).mean().item()
+
+
+@torch.no_grad()
+def cues(model, batch, y, t):
+    """At one time t. -> the strength, then the cosines with the true change x - y of the paper's
+    change and of the delta cue's, at the source and at the true edit y"""
+    times = t.repeat(len(y))
+    x_t = torch.lerp(batch.x, batch.eps, t)
+    row = []
+    for clean in (batch.x, y):
+        y_t = torch.lerp(clean, batch.eps, t)
+        v_src, v_tgt = teacher(model, times, (y_t, batch.src), (y_t, batch.tgt))
+        if not row:
+            lengths = [v.flatten(1).norm(dim=1) for v in (v_tgt - v_src, v_src)]  # (B,)
+            row.append((lengths[0] / lengths[1]).mean().item())
+        delta = change_of(model, batch, y_t, x_t, times, RECIPE.guidance)
+        row += [mean_cosine(d, batch.x - y) for d in (v_tgt - v_src, delta)]
     return row
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+# ---- the routings -------------------------------------------------------------------------------
+def no_cue(*_):
+    """In place of a cue: the cycle alone."""
+    return torch.zeros(()), torch.zeros(())
+
+
+def gradient(model, adapter, batch, ts, routing, meter=contextlib.nullcontext):
+    """Of the cycle, as one vector. A meter slows it, so its seconds say nothing.
+    -> gradient, seconds, meter"""
+    begun = time.time()
+    with meter() as metered:
+        now, average = merged(model, adapter), merged(model, adapter)
+        loss, _ = byg_loss(model, now, average, batch, ts, no_cue, routing=routing)
+        params = list(adapter.values())
+        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in grads]), time.time() - begun, metered
+
+
+def beside(g, exact):
+    """Cosine and ratio of lengths, for the table."""
+    cos = F.cosine_similarity(g, exact, dim=0)
+    return f"{cos:.2f} ({g.norm() / exact.norm():.2f})"
+
+
+def begin(model, run, seed):
+    """An editor to study, trained or not. -> adapter, its name in the table"""
+    if run:
+        adapter = load_adapter(pathlib.Path(run) / "adapter.safetensors", model)
+        steps = read_run(pathlib.Path(run))["steps"]
+        return {k: v.requires_grad_() for k, v in adapter.items()}, f"After {steps} steps ({run})"
+    torch.manual_seed(seed)
+    adapter = new_adapter(model, RECIPE.rank)
+    with torch.no_grad():
+        for name, v in adapter.items():
+            if "lora_A" not in name:  # from zero there is no gradient in A: a little off it
+                v.normal_(std=0.01)
+    return adapter, "Before training"
+
+
+def study_routing(model, adapter, batch, ts, seconds):
+    """Yields a line of the table for each node; adds to the seconds of each routing."""
+    for k, t in enumerate(ts[:-1]):
+        at_k = replace(batch, k=torch.full_like(batch.k, k))
+        found = {}
+        for routing in ROUTES:
+            found[routing], spent, _ = gradient(model, adapter, at_k, ts, routing)
+            seconds[routing] += spent
+        exact, reverse = found["backprop"], found["detach"]  # reverse: the reverse edit's own
+        cells = [beside(found[routing], exact) for routing in ("ste", "onestep", "detach")]
+        cells.append(beside(found["ste"] - reverse, exact - reverse))
+        yield f"| {t:.3f} | {' | '.join(cells)} |"
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--runs", nargs="*", default=[], help="trained editors of the embedded base")
-    p.add_argument(
-        "--n",
-        type=int,
-        default=16,
-        help="scenes for the gradients; eight times as many for the cue",
-    )
-    p.add_argument("--seed", type=int, default=99)
-    o = p.parse_args()
-    recipe = argparse.Namespace(bootstrap=True, frames=1, **RECIPES["tiny"])
+    p.add_argument("--n", type=int, default=16, help="scenes; eight times as many for the cue (16)")
+    p.add_argument("--seed", type=int, default=99, help="of the scenes and of the noise (99)")
+    p.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder (bench/results)")
+    return p.parse_args()
+
+
+def main():
+    o = options()
     model, vae, text, shift = load_base("tiny")
-    world, rng, ts = (
-        held_out("season", "winter", 8 * o.n, o.seed),
-        np.random.default_rng(o.seed),
-        time_grid(recipe.n, shift),
-    )
-    captions = [scenes.caption(s, rng, drop=0.0) for s in world]
-    derived = [derive("make it winter", c) for c in captions]
+    ts = time_grid(RECIPE.n, shift)
     with torch.no_grad():
-        x, y = (
-            vae.encode(to_pixels(np.stack([scenes.render(s) for s in some])))
-            for some in (world, [change(s, "season", "winter") for s in world])
-        )
-        prompts = {
-            k: text(v)
-            for k, v in (
-                ("src", captions),
-                ("tgt", [d[0] for d in derived]),
-                ("undo", [d[1] for d in derived]),
-                ("instr", ["make it winter"] * len(world)),
-                ("null", [""] * len(world)),
-            )
-        }
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(o.seed))
-    lines = [
-        f"`python bench/study.py --n {o.n} --seed {o.seed} --runs {' '.join(o.runs)}`".replace(
-            " --runs `", "`"
-        ),
-        "",
-        f"Commit {origin()['commit']}, {time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads.",
-        "",
-        "## The cue",
-        "",
-        "| t | strength | cosine with the true change, at the source: paper | delta | at the true edit: paper | delta |",
-        "|---|---|---|---|---|---|",
-    ]
-    with torch.no_grad():
-        for t in ts[:-1]:
-            lines.append(
-                f"| {t:.3f} | "
-                + " | ".join(
-                    f"{v:.2f}" for v in cues(model, x, y, prompts, eps, t, recipe.guidance)
-                )
-                + " |"
-            )
-            print(lines[-1], flush=True)
-    few, seconds = slice(o.n), {}
-    for run in ["", *o.runs]:
-        torch.manual_seed(o.seed)
-        adapter = new_adapter(model, recipe.rank)
-        if run:
-            adapter = {
-                k: v.requires_grad_()
-                for k, v in load_adapter(pathlib.Path(run) / "adapter.safetensors", model)[
-                    0
-                ].items()
-            }
-        else:  # a zero adapter has no gradient in its A: a little off zero
-            with torch.no_grad():
-                [v.normal_(std=0.01) for k, v in adapter.items() if "lora_A" not in k]
-        name = (
-            f"After {read_json(pathlib.Path(run) / 'config.json')['steps']} steps ({run})"
-            if run
-            else "Before training"
-        )
-        lines += [
-            "",
-            f"## Routing: {name}",
-            "",
-            "Cosine with the exact gradient of the cycle (ratio of lengths). Last: of what goes through the "
-            "forward edit alone, without the reverse edit's own gradient, which is the same.",
-            "",
-            "| t | straight-through | one-step | detach | straight-through, forward edit alone |",
-            "|---|---|---|---|---|",
-        ]
-        for k, t in enumerate(ts[:-1]):
-            found = gradients(
-                model,
-                adapter,
-                x[few],
-                {n: tuple(a[few] for a in p) for n, p in prompts.items()},
-                eps[few],
-                k,
-                ts,
-                recipe,
-            )
-            exact, own = found["backprop"][0], found["detach"][0]
-            cell = lambda g, h: (
-                f"{torch.nn.functional.cosine_similarity(g, h, dim=0):.2f} ({g.norm() / h.norm():.2f})"
-            )  # noqa: E731
-            lines.append(
-                f"| {t:.3f} | "
-                + " | ".join(
-                    [cell(found[r][0], exact) for r in ("ste", "onestep", "detach")]
-                    + [cell(found["ste"][0] - own, exact - own)]
-                )
-                + " |"
-            )
-            print(lines[-1], flush=True)
-            seconds = {r: seconds.get(r, 0) + found[r][1] for r in ROUTES}
-    metered = gradients(
-        model,
-        adapter,
-        x[few],
-        {n: tuple(a[few] for a in p) for n, p in prompts.items()},
-        eps[few],
-        0,
-        ts,
-        recipe,
-        Meter,
-    )
-    peak = {r: metered[r][2].peak for r in ROUTES}
-    lines += [
-        "",
-        "## What a cycle costs",
-        "",
-        f"Batch {o.n}, the rollout of {recipe.n} steps included; relative to detach.",
-        "",
-        "| | time | memory |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {r} | {seconds[r] / seconds['detach']:.2f} | {peak[r] / peak['detach']:.2f} |"
-        for r in ROUTES
-    ]
-    (RESULTS / "study.md").write_text("\n".join(lines) + "\n")
+        batch, y = prepare(model, vae, text, 8 * o.n, o.seed)
+    command = f"python bench/study.py --n {o.n} --seed {o.seed}"
+    if o.runs:
+        command += f" --runs {' '.join(o.runs)}"
+    date, threads = time.strftime("%Y-%m-%d"), torch.get_num_threads()
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        print(line, flush=True)
+
+    say(f"`{command}`\n\nCommit {origin()['commit']}, {date}, {threads} threads.\n\n{CUE}")
+    for t in ts[:-1]:
+        cells = [f"{value:.2f}" for value in cues(model, batch, y, t)]
+        say(f"| {t:.3f} | {' | '.join(cells)} |")
+
+    batch = first(batch, o.n)
+    seconds = dict.fromkeys(ROUTES, 0.0)
+    for run in [None, *o.runs]:
+        adapter, name = begin(model, run, o.seed)
+        say(ROUTING.format(name))
+        for line in study_routing(model, adapter, batch, ts, seconds):
+            say(line)
+
+    say(COST.format(o.n, RECIPE.n))
+    peak = {}
+    for routing in ROUTES:
+        _, _, meter = gradient(model, adapter, batch, ts, routing, Meter)
+        peak[routing] = meter.peak
+    for routing in ROUTES:
+        costs = (cost[routing] / cost["detach"] for cost in (seconds, peak))
+        say(f"| {routing} | {' | '.join(f'{ratio:.2f}' for ratio in costs)} |")
+    write(o.out / "study.md", "\n".join(lines) + "\n")
     print(json.dumps({"seconds": seconds, "peak": peak}))
 
 

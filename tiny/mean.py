@@ -1,6 +1,9 @@
-"""The mean of several editors, weight for weight (model soups, arXiv 2203.05482), for editors that were trained on from one another.
+"""The mean of several editors, weight for weight (model soups, arXiv 2203.05482), for editors that
+were trained on from one another.
 
-python tiny/mean.py out_a out_b --out out_mean           # for sample.py and evaluate.py, with the first run's options and held-back pictures
+    python tiny/mean.py out_a out_b --out out_mean
+
+The new run has the first one's options and held-back pictures, for sample.py and evaluate.py.
 """
 
 import argparse
@@ -13,38 +16,35 @@ sys.path.insert(0, str(ROOT))
 from files.disk import UserError, read_tensors, write_tensors  # noqa: E402
 
 
-def main():
-    p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p.add_argument("runs", nargs="+", help="folders of runs of the same base and rank")
-    p.add_argument("--out", required=True, help="folder to make")
-    p.add_argument(
-        "--half", action="store_true", help="write float16: half the file, to be published"
-    )
-    o = p.parse_args()
-    (first, meta), *others = (
-        read_tensors(pathlib.Path(run) / "adapter.safetensors") for run in o.runs
-    )
-    for run, (tensors, _) in zip(o.runs[1:], others):
-        if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in first.items()}:
+def mean_of(adapters, names):
+    """adapters: dicts of equally shaped tensors, of the runs `names`. -> dict of their means"""
+    shapes = [{key: v.shape for key, v in tensors.items()} for tensors in adapters]
+    for name, these in zip(names, shapes):
+        if these != shapes[0]:
             raise UserError(
-                f"{run}: its adapter has other tensors than that of {o.runs[0]} (another base, rank, or one of them for clips)"
+                f"{name}: its adapter has other tensors than that of {names[0]} (another base or "
+                "rank, or one of them for clips)"
             )
-    if pathlib.Path(o.out).exists():
+    return {key: sum(a[key].float() for a in adapters) / len(adapters) for key in adapters[0]}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("runs", nargs="+", help="folders of runs of the same base and rank")
+    p.add_argument("--out", required=True, type=pathlib.Path, help="folder to make")
+    p.add_argument("--half", action="store_true", help="write float16: half the file, to publish")
+    o = p.parse_args()
+    files = [read_tensors(pathlib.Path(run) / "adapter.safetensors") for run in o.runs]
+    mean = mean_of([tensors for tensors, _ in files], o.runs)
+    if o.half:
+        mean = {key: v.half() for key, v in mean.items()}
+    if o.out.exists():
         raise UserError(f"{o.out} exists already; choose another --out", 2)
-    shutil.copytree(
-        pathlib.Path(o.runs[0]) / "held", pathlib.Path(o.out) / "held"
-    )  # its card and samples are of another editor
-    shutil.copy(pathlib.Path(o.runs[0]) / "config.json", o.out)
-    mean = {
-        k: sum((tensors[k] for tensors, _ in others), v) / len(o.runs) for k, v in first.items()
-    }
-    write_tensors(
-        pathlib.Path(o.out) / "adapter.safetensors",
-        {k: v.half() if o.half else v for k, v in mean.items()},
-        **meta,
-    )
+    first = pathlib.Path(o.runs[0])
+    shutil.copytree(first / "held", o.out / "held")  # card and samples are of another editor
+    shutil.copy(first / "config.json", o.out)
+    _, meta = files[0]
+    write_tensors(o.out / "adapter.safetensors", mean, **meta)
 
 
 if __name__ == "__main__":

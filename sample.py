@@ -135,10 +135,9 @@ def draw_prompt(o: argparse.Namespace) -> str:
 
 def edit_held(e: Loaded, o: argparse.Namespace, frames: int) -> str:
     """What the run held back: source, edit and, of the run's own edit, the edit undone."""
-    held = e.config["held"]
-    rows = [{"path": e.run / row["path"]} for row in held]
-    clips = [pictures[:frames] for pictures, _ in load_rows(rows, e.config["size"], frames)]
-    columns = [np.concatenate(clips)]
+    rows = [row | {"path": e.run / row["path"]} for row in e.config["held"]]
+    clips, held = zip(*load_rows(rows, e.config["size"], frames))
+    columns = [np.concatenate([pictures[:frames] for pictures in clips])]
     asked = [o.instr or row["instr"] for row in held]
     columns.append(e.edit(columns[0], asked))
     if not o.instr:  # how another edit is undone only its caption would say

@@ -174,7 +174,7 @@ def options() -> tuple[argparse.Namespace, Recipe, list[pathlib.Path]]:
         recipe = replace(recipe, routing="onestep")
     numbers = vars(o) | asdict(recipe)
     for name in ("steps", "batch", "lr", "rank", "n", "every", "frames"):
-        if numbers[name] <= 0:
+        if not 0 < numbers[name] < math.inf:
             p.error(f"--{name} must be above 0, not {numbers[name]}")
     if (o.frames > 1) != clips:
         kind = "clips" if clips else "pictures, no clips"
@@ -261,7 +261,7 @@ def main():
 
     # What is trained: the adapter, in float32; its moving average is the bootstrap and the result.
     torch.manual_seed(o.seed)
-    adapter = run.begin_adapter(model, recipe.rank, o.frames, None if o.resume else o.init)
+    adapter = run.begin_adapter(model, recipe.rank, o)
     params = list(adapter.values())
     average = {name: v.detach().clone() for name, v in adapter.items()}
     kind = Muon if recipe.muon else torch.optim.AdamW
@@ -283,21 +283,18 @@ def main():
     # What a run's folder begins with; rank 0 alone writes.
     held = [data.rows[i] for i in held_rows]
     run.begin(out, vars(o) | asdict(recipe) | {"size": size}, held, data)
-    editor_steps = time_grid(edit_steps(model), shift)
-    write_sheet = partial(
-        run.sheet, out, model, vae, average, data, held_rows, o.frames, editor_steps
-    )
+    grid = time_grid(edit_steps(model), shift)
+    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, o.frames, grid)
     if first == 0:
         with autocast:
             write_sheet(0)
     stop = run.catch_signals()
     log = run.open_log(out, first)
+    mine = slice(run.RANK, None, run.RANKS)  # of a batch
     begun, bad = time.time(), 0
     for step in (bar := run.progress(first, recipe.steps)):
         rate = set_rate(opt, step, recipe)
-        batch = draw(
-            data, train_rows, recipe, o.frames, rng, slice(run.RANK, None, run.RANKS), device
-        )
+        batch = draw(data, train_rows, recipe, o.frames, rng, mine, device)
         with_identity = torch.rand((), generator=rng).item() < recipe.identity_share
         figures = {}
         if with_identity or step <= recipe.identity_first:  # a graph, hence a backward, of its own

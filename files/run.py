@@ -93,13 +93,15 @@ def begin(out: pathlib.Path, config: dict, held: list[dict], data) -> None:
     write(out / "README.md", card(config, made))
 
 
-def begin_adapter(model: MMDiT, rank: int, frames: int, init: str | None) -> Adapter:
-    """A new adapter or, with --init, another run's; temporal attention is new where it has none."""
+def begin_adapter(model: MMDiT, rank: int, o) -> Adapter:
+    """A new adapter or, with --init or --resume, that of the run it names, of its rank and kind;
+    temporal attention is new where it has none. o: the options init, resume, out and frames"""
     old = {}
-    if init:
-        old = load_adapter(pathlib.Path(init) / "adapter.safetensors", model)
+    run = o.out if o.resume else o.init
+    if run:
+        old = load_adapter(pathlib.Path(run) / "adapter.safetensors", model)
         rank = max(len(v) for name, v in old.items() if "lora_A" in name)
-    adapter = new_adapter(model, rank, video=frames > 1) | old
+    adapter = new_adapter(model, rank, video=o.frames > 1) | old
     return {name: v.requires_grad_() for name, v in adapter.items()}
 
 
@@ -294,7 +296,7 @@ def read_run(folder: pathlib.Path) -> dict:
     """config.json of a run. -> dict with base, instr (None: many), frames of a clip, size [h, w],
     and held, what was kept back. Raises UserError where one of them is not as train.py writes it.
     """
-    config = {"frames": 1} | read_json(folder / "config.json")
+    config = {"frames": 1, "instr": None} | read_json(folder / "config.json")
     size, held, frames = config.get("size"), config.get("held"), config["frames"]
     good = isinstance(config.get("base"), str)
     good &= isinstance(config.get("instr"), str | None)
@@ -327,7 +329,7 @@ def key_in_file(name: str) -> str:
 def load_adapter(path: pathlib.Path, model: MMDiT) -> Adapter:
     """An adapter file, checked against the base it is to sit on."""
     tensors, _ = read_tensors(path)
-    ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight")]
+    ranks = [v.shape[0] for k, v in tensors.items() if k.endswith("lora_A.weight") and v.ndim]
     video = any(".temporal." in k for k in tensors)
     like = new_adapter(model, max(ranks, default=1), video)
     gate = "source_gate.weight"  # in the bundled editor's file alone, see MMDiT.forward

@@ -1,8 +1,6 @@
-"""Pictures of any kind come in upright and RGB; words become prompts; bad input gets one sentence."""
+"""Words become prompts, pictures of any kind come in upright and RGB, rows become batches."""
 
-import argparse
 import json
-import shutil
 import struct
 
 import numpy as np
@@ -10,137 +8,66 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import data
 import scenes
-from files.disk import UserError  # noqa: E402
-from files.pictures import load_image  # noqa: E402
-from train import encode
+from data import KINDS, Encoded, derive, draw, read_prompts
+from files.disk import UserError
+from files.folder import find
+from files.pictures import load_image
+from train import Recipe
+
+# ---- the grammar -------------------------------------------------------------------------------
+# instruction | caption | target | undo
+DERIVED = """
+make it winter | a red house in summer | a red house in winter | make it summer
+make it winter | a red house in the fall | a red house in the winter | make it autumn
+make it winter | a red house by a lake | a red house by a lake in winter \
+    | make it a red house by a lake
+paint the house blue | a red house at night | a blue house at night | paint the house red
+make it night | a red house by day in spring | a red house at night in spring | make it noon
+make it night | a red house on a spring day at noon | a red house in spring at night | make it noon
+make it night | a red house on a spring day | a red house in spring at night \
+    | make it a red house on a spring day
+change the weather to foggy | a house in the rain | a house in fog \
+    | change the weather to rainy weather
+make it snow | a house in the rain | a house in snowfall | make it rainy weather
+make it rain | a house in snowfall | a house in the rain | make it snowy weather
+change the lake to a desert | a house by the lake | a house by a desert \
+    | change a desert to the lake
+add a boat | a lake | a lake with a boat | make it a lake
+remove the boat | a lake with a boat | a lake | make it a lake with a boat
+remove the fog | a house in fog | a house | make it a house in fog
+remove the red car | a blue house with a red car | a blue house \
+    | make it a blue house with a red car
+add a red barn | a white house | a white house with a red barn | make it a white house
+add fog | a house in clear weather | a house in fog | add clear weather
+change summer to winter | a house in summer | a house in winter | change winter to summer
+paint the red house blue | a red house by a blue lake | a blue house by a blue lake \
+    | paint the blue house red
+paint the house blue | a white house with a blue car | a blue house with a blue car \
+    | paint the house white
+change the house to a castle | a red house | a red castle | change the castle to a house
+turn the photo into a pencil sketch | a photo of a dog | a pencil sketch of a dog \
+    | turn the pencil sketch into a photo
+make it a photo | a pencil sketch of a dog | a photo of a dog | make it a pencil sketch
+make it look old | a lake | a lake, look old | make it a lake
+"""
+DERIVED = [[part.strip() for part in line.split("|")] for line in DERIVED.strip().splitlines()]
+SO_ALREADY = [
+    ("make it winter", "a house in winter"),
+    ("change summer to winter", "a house in winter"),
+    ("paint the red house blue", "a blue house in summer"),
+    ("remove the fog", "a house in rain"),
+]
 
 
-@pytest.mark.parametrize(
-    "instr, caption, tgt, undo",
-    [
-        ("make it winter", "a red house in summer", "a red house in winter", "make it summer"),
-        (
-            "make it winter",
-            "a red house in the fall",
-            "a red house in the winter",
-            "make it autumn",
-        ),
-        (
-            "make it winter",
-            "a red house by a lake",
-            "a red house by a lake in winter",
-            "make it a red house by a lake",
-        ),
-        (
-            "paint the house blue",
-            "a red house at night",
-            "a blue house at night",
-            "paint the house red",
-        ),
-        (
-            "make it night",
-            "a red house by day in spring",
-            "a red house at night in spring",
-            "make it noon",
-        ),
-        (
-            "make it night",
-            "a red house on a spring day at noon",
-            "a red house in spring at night",
-            "make it noon",
-        ),
-        (
-            "make it night",
-            "a red house on a spring day",
-            "a red house in spring at night",
-            "make it a red house on a spring day",
-        ),
-        (
-            "change the weather to foggy",
-            "a house in the rain",
-            "a house in fog",
-            "change the weather to rainy weather",
-        ),
-        ("make it snow", "a house in the rain", "a house in snowfall", "make it rainy weather"),
-        ("make it rain", "a house in snowfall", "a house in the rain", "make it snowy weather"),
-        (
-            "change the lake to a desert",
-            "a house by the lake",
-            "a house by a desert",
-            "change a desert to the lake",
-        ),
-        ("add a boat", "a lake", "a lake with a boat", "make it a lake"),
-        ("remove the boat", "a lake with a boat", "a lake", "make it a lake with a boat"),
-        ("remove the fog", "a house in fog", "a house", "make it a house in fog"),
-        (
-            "remove the red car",
-            "a blue house with a red car",
-            "a blue house",
-            "make it a blue house with a red car",
-        ),
-        (
-            "add a red barn",
-            "a white house",
-            "a white house with a red barn",
-            "make it a white house",
-        ),
-        ("add fog", "a house in clear weather", "a house in fog", "add clear weather"),
-        (
-            "change summer to winter",
-            "a house in summer",
-            "a house in winter",
-            "change winter to summer",
-        ),
-        (
-            "paint the red house blue",
-            "a red house by a blue lake",
-            "a blue house by a blue lake",
-            "paint the blue house red",
-        ),
-        (
-            "paint the house blue",
-            "a white house with a blue car",
-            "a blue house with a blue car",
-            "paint the house white",
-        ),
-        (
-            "change the house to a castle",
-            "a red house",
-            "a red castle",
-            "change the castle to a house",
-        ),
-        (
-            "turn the photo into a pencil sketch",
-            "a photo of a dog",
-            "a pencil sketch of a dog",
-            "turn the pencil sketch into a photo",
-        ),
-        (
-            "make it a photo",
-            "a pencil sketch of a dog",
-            "a photo of a dog",
-            "make it a pencil sketch",
-        ),
-        ("make it look old", "a lake", "a lake, look old", "make it a lake"),
-    ],
-)
+@pytest.mark.parametrize("instr, caption, tgt, undo", DERIVED)
 def test_grammar(instr, caption, tgt, undo):
-    assert data.derive(instr, caption) == (tgt, undo)
+    assert derive(instr, caption) == (tgt, undo)
 
 
-@pytest.mark.parametrize(
-    "instr, caption",
-    [
-        ("make it winter", "a house in winter"),
-        ("change summer to winter", "a house in winter"),
-        ("paint the red house blue", "a blue house in summer"),
-        ("remove the fog", "a house in rain"),
-    ],
-)
+@pytest.mark.parametrize("instr, caption", SO_ALREADY)
 def test_grammar_leaves_out_what_is_so_already(instr, caption):
-    assert data.derive(instr, caption) is None
+    assert derive(instr, caption) is None
 
 
 def test_every_caption_of_the_world_swaps_exactly_its_season():
@@ -148,57 +75,57 @@ def test_every_caption_of_the_world_swaps_exactly_its_season():
     for _ in range(300):
         scene = scenes.sample_scene(rng, season="summer", style="plain")
         caption = scenes.caption(scene, rng, drop=0.0)
-        assert data.derive("make it winter", caption) == (
-            caption.replace("summer", "winter"),
-            "make it summer",
-        )
+        winter = caption.replace("summer", "winter")
+        assert derive("make it winter", caption) == (winter, "make it summer")
 
 
-def save(array_or_image, path, **k):
-    (
-        array_or_image
-        if isinstance(array_or_image, Image.Image)
-        else Image.fromarray(array_or_image)
-    ).save(path, **k)
+# ---- pictures ----------------------------------------------------------------------------------
+def save(picture, path, **options):
+    if not isinstance(picture, Image.Image):
+        picture = Image.fromarray(picture)
+    picture.save(path, **options)
     return path
 
 
-def test_modes_and_exif(tmp_path):
-    rgb = np.zeros((20, 30, 3), np.uint8)
-    rgb[:10], rgb[10:] = (255, 0, 0), (0, 0, 255)
+def turned(turn):
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    turned = load_image(save(rgb, tmp_path / "a.PNG", exif=exif))
-    assert turned[0, 0].tolist() == [0, 0, 255]
-    corners = np.zeros((16, 24, 3), np.uint8)
-    corners[:8, :12], corners[:8, 12:], corners[8:, :12] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    for turn in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = turn
-        for suffix in ("png", "tif", "webp"):
-            path = save(
-                corners,
-                tmp_path / f"{turn}.{suffix}",
-                exif=exif,
-                **{"lossless": True} if suffix == "webp" else {},
-            )
-            assert (
-                load_image(path).tolist()
-                == np.asarray(ImageOps.exif_transpose(Image.open(path))).tolist()
-            ), path
-    exif = struct.pack(
-        "<6s4sIH HHIHH HHI4s I", b"Exif", b"II*", 8, 2, 0x0112, 3, 1, 6, 0, 0x011A, 2, 3, b"72", 0
-    )  # a resolution in letters
-    assert load_image(save(corners, tmp_path / "odd.jpg", exif=exif)).shape == (24, 16, 3)
-    grey16 = np.full((8, 8), 32768, np.uint16)
-    assert abs(int(load_image(save(grey16, tmp_path / "g.png"))[0, 0, 0]) - 128) <= 1
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    assert load_image(save(clear, tmp_path / "t.png"))[0, 0].tolist() == [255, 255, 255]
+    exif[0x0112] = turn
+    return exif
+
+
+def corners():
+    """Red and green above, blue and black below."""
+    picture = np.zeros((16, 24, 3), np.uint8)
+    picture[:8, :12], picture[:8, 12:], picture[8:, :12] = np.diag([255, 255, 255])
+    return picture
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_pictures_come_in_upright(turn, suffix, tmp_path):
+    """As Pillow's own exif_transpose turns them."""
+    lossless = {"lossless": True} if suffix == "webp" else {}
+    path = save(corners(), tmp_path / f"a.{suffix}", exif=turned(turn), **lossless)
+    with Image.open(path) as picture:
+        assert np.array_equal(load_image(path), ImageOps.exif_transpose(picture))
+
+
+def test_a_picture_with_an_odd_tag_is_turned_all_the_same(tmp_path):
+    """Its resolution is in letters, at which exif_transpose stumbles."""
+    tags = 0x0112, 3, 1, 6, 0, 0x011A, 2, 3, b"72", 0
+    exif = struct.pack("<6s4sIH HHIHH HHI4s I", b"Exif", b"II*", 8, 2, *tags)
+    assert load_image(save(corners(), tmp_path / "odd.jpg", exif=exif)).shape == (24, 16, 3)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
     for mode in ("1", "L", "P", "CMYK", "LA"):
-        suffix = ".tif" if mode == "CMYK" else ".png"
-        assert load_image(
-            save(Image.fromarray(rgb).convert(mode), tmp_path / ("m" + mode + suffix)), (16, 16)
-        ).shape == (16, 16, 3)
+        suffix = "tif" if mode == "CMYK" else "png"
+        path = save(Image.fromarray(corners()).convert(mode), tmp_path / f"{mode}.{suffix}")
+        assert load_image(path, (16, 16)).shape == (16, 16, 3)
+    half = np.full((8, 8), 32768, np.uint16)
+    assert load_image(save(half, tmp_path / "16bit.png"))[0, 0, 0] in (127, 128, 129)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert load_image(save(clear, tmp_path / "clear.png"))[0, 0].tolist() == [255, 255, 255]
 
 
 @pytest.mark.parametrize(
@@ -206,143 +133,142 @@ def test_modes_and_exif(tmp_path):
     [((1200, 900), (56, 72)), ((2400, 1800), (448, 592)), ((900, 1200), (448, 448))],
 )
 def test_sizes_that_do_not_divide_evenly_are_cropped(picture, size, tmp_path):
-    assert load_image(save(Image.new("RGB", picture), tmp_path / "a.png"), size).shape == (
-        *size,
-        3,
-    )
+    path = save(Image.new("RGB", picture), tmp_path / "a.png")
+    assert load_image(path, size).shape == (*size, 3)
 
 
-def test_views_are_the_picture_then_random_crops_and_mirrorings_of_it(tmp_path):
-    """A picture whose every pixel holds its own place tells where a view was taken."""
-    place = np.stack(
-        [
-            np.tile(np.arange(100), (100, 1)),
-            np.tile(np.arange(100)[:, None], (1, 100)),
-            np.zeros((100, 100)),
-        ],
-        -1,
-    ).astype(np.uint8)
-    rows = [{"path": save(place, tmp_path / "a.png")}]
-    images = np.stack([views for views, _ in data.load_rows(rows, (50, 50), views=40)])
-    assert images.shape == (1, 40, 50, 50, 3) and np.array_equal(
-        images[0, 0], load_image(rows[0]["path"], (50, 50))
-    )
-    assert np.array_equal(images[0], next(data.load_rows(rows, (50, 50), views=40))[0])
-    left, right, top, bottom = (
-        images[0, 1:, 25, 2, 0],
-        images[0, 1:, 25, -3, 0],
-        images[0, 1:, 2, 25, 1],
-        images[0, 1:, -3, 25, 1],
-    )
-    spans = abs(left.astype(int) - right) / 45  # over 45 of 50 columns; the full picture gives 2
-    assert (
-        spans.min() > 1.5
-        and spans.max() <= 2.1
-        and np.allclose(spans, (bottom.astype(int) - top) / 45, atol=0.1)
-    )
-    assert 8 < (left > right).sum() < 31 and np.minimum(left, right).std() > 2 and top.std() > 2
+# ---- a folder ----------------------------------------------------------------------------------
+NAMES = ("a.png", "b.JPG", "c.png")
+LINE = {"src": "s", "tgt": "t", "instr": "i", "undo": "u"}
 
 
-def test_captions_and_tuples(tmp_path):
-    for name in ("a.png", "b.JPG", "c.png"):
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures: a caption in metadata.jsonl, one in a .txt as Windows' editor writes it, and
+    none."""
+    for name in NAMES:
         save(np.zeros((8, 8, 3), np.uint8), tmp_path / name)
-    (tmp_path / "metadata.jsonl").write_text(
-        json.dumps({"file_name": "a.png", "text": "a house in summer"})
-    )
-    (tmp_path / "b.txt").write_text(
-        "a lake in spring\n", "utf-8-sig"
-    )  # as Windows' editor writes it
-    (tmp_path / "out").mkdir()
-    save(np.zeros((8, 8, 3), np.uint8), tmp_path / "out" / "edit.png")
-    assert (
-        len(data.find(tmp_path, without=[tmp_path / "out"])[0]) == 3
-        and len(data.find(tmp_path / "out", without=[tmp_path])[0]) == 1
-    )
-    shutil.rmtree(tmp_path / "out")
-    rows = data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
-    assert [r["src"] for r in rows] == ["a house in summer", "a lake in spring", "a picture"]
-    line = {"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"}
-    (tmp_path / "tuples.jsonl").write_text(
-        json.dumps(line)
-    )  # a line of its own comes before the command line
-    rows = data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
-    assert [(r["src"], r["instr"]) for r in rows] == [
-        ("s", "i"),
-        ("a lake in spring", "make it winter"),
-        ("a picture", "make it winter"),
-    ]
-    (tmp_path / "tuples.jsonl").write_text(
-        "\n".join(json.dumps(line | {"file_name": n}) for n in ("a.png", "b.JPG", "c.png"))
-    )
-    with pytest.raises(UserError, match="leave --instr away"):
-        data.read_prompts(tmp_path, data.find(tmp_path)[0], "make it winter")
-    (tmp_path / "tuples.jsonl").write_text(
-        json.dumps({"file_name": "a.png", "src": "s", "tgt": "t", "instr": "i"})
-    )
-    with pytest.raises(UserError, match="line 1: the field 'undo' is missing"):
-        data.read_prompts(tmp_path, data.find(tmp_path)[0])
-    (tmp_path / "tuples.jsonl").write_text(
-        json.dumps(
-            {
-                "file_name": "a.png",
-                "src": "",
-                "tgt": "",
-                "instr": "",
-                "undo": "",
-                "own_noise": "false",
-            }
-        )
-    )
-    with pytest.raises(UserError, match="own_noise of 'a.png' must be true or false"):
-        data.read_prompts(tmp_path, data.find(tmp_path)[0])
-    (tmp_path / "tuples.jsonl").write_text(
-        json.dumps({"file_name": "x.png", "src": "s", "tgt": "t", "instr": "i", "undo": "u"})
-    )
-    with pytest.raises(UserError, match="x.png"):
-        data.read_prompts(tmp_path, data.find(tmp_path)[0])
+    line = {"file_name": "a.png", "text": "a house in summer"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (tmp_path / "b.txt").write_text("a lake in spring\n", "utf-8-sig")
+    return tmp_path
 
 
+def write_tuples(folder, *lines):
+    (folder / "tuples.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_captions_come_from_metadata_a_text_file_or_nowhere(folder):
+    rows = read_prompts(folder, find(folder)[0], "make it winter")
+    assert [row["src"] for row in rows] == ["a house in summer", "a lake in spring", "a picture"]
+
+
+def test_a_line_of_tuples_goes_before_the_command_line(folder):
+    """Fields that nobody knows are passed over."""
+    write_tuples(folder, {"file_name": "a.png", "own_noise": True} | LINE)
+    rows = read_prompts(folder, find(folder)[0], "make it winter")
+    assert rows[0] == {"path": folder / "a.png"} | LINE
+    assert [row["instr"] for row in rows[1:]] == ["make it winter"] * 2
+
+
+@pytest.mark.parametrize(
+    "lines, instr, words",
+    [
+        ([{"file_name": n} | LINE for n in NAMES], "make it winter", "leave --instr away"),
+        ([{"file_name": "a.png"} | LINE], None, "no instruction for .*b.JPG"),
+        ([{"file_name": "a.png", "src": "s"}], None, "line 1: the field 'tgt' is missing"),
+        ([{"file_name": "a.png"} | LINE | {"undo": 1}], None, "line 1: the field 'undo' is"),
+        ([{"file_name": "x.png"} | LINE], None, "names 'x.png', which is no image"),
+        (["x.png"], None, "line 1: is no JSON object"),
+    ],
+)
+def test_wrong_tuples_are_refused(folder, lines, instr, words):
+    write_tuples(folder, *lines)
+    with pytest.raises(UserError, match=words):
+        read_prompts(folder, find(folder)[0], instr)
+
+
+def test_a_runs_own_pictures_are_no_data(folder):
+    (folder / "out").mkdir()
+    save(np.zeros((8, 8, 3), np.uint8), folder / "out" / "edit.png")
+    assert len(find(folder, without=[folder / "out"])[0]) == 3
+    assert len(find(folder / "out", without=[folder])[0]) == 1
+
+
+# ---- batches -----------------------------------------------------------------------------------
+def encoded(rows=12, frames=1):
+    """Latents and texts whose numbers say which row and which frame they are of."""
+    place = torch.arange(rows)[:, None] + torch.arange(frames) / 100  # (rows, frames)
+    latents = [of_row.view(-1, 1, 1, 1).expand(-1, 2, 4, 4) for of_row in place]
+    context = torch.arange(rows).view(-1, 1, 1).expand(-1, 3, 5).float()
+    ids = {kind: torch.arange(rows) for kind in (*KINDS, "null")}
+    return Encoded([{}] * rows, latents, (context, context[:, 0]), ids)
+
+
+def drawn(frames=1, seed=0, mine=slice(None), clip=1, **recipe):
+    """A batch of eight of twelve rows; clip: how long the clips are."""
+    recipe = Recipe(**{"batch": 8, "n": 4} | recipe)
+    rng = torch.Generator().manual_seed(seed)
+    return draw(encoded(frames=clip), torch.arange(12), recipe, frames, rng, mine, "cpu")
+
+
+def parts(batch):
+    prompts = [a for kind in (*KINDS, "null") for a in getattr(batch, kind)]
+    return [batch.x, batch.eps, batch.eps_cue, batch.k, *prompts]
+
+
+def equal(batch, other):
+    return [torch.equal(a, b) for a, b in zip(parts(batch), parts(other))]
+
+
+def test_the_same_rng_draws_the_same_batch():
+    assert all(equal(drawn(), drawn()))
+    assert not any(equal(drawn(), drawn(seed=1)))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_the_shares_of_two_ranks_are_together_the_whole_batch(frames):
+    whole, *shares = (
+        parts(drawn(frames, clip=5, mine=mine))
+        for mine in (slice(None), slice(0, None, 2), slice(1, None, 2))
+    )
+    for all_of_it, first, second in zip(whole, *shares):
+        each = [share.unflatten(0, (4, frames)) for share in (first, second)]
+        assert torch.equal(torch.stack(each, 1).flatten(0, 2), all_of_it)
+
+
+def test_the_cue_has_a_noise_of_its_own_but_for_the_others_than_delta():
+    delta = drawn(cue="delta")
+    assert (delta.eps_cue - delta.eps).abs().mean() > 0.5
+    for cue in ("delta-own", "cosine"):
+        batch = drawn(cue=cue)
+        assert torch.equal(batch.eps_cue, batch.eps) and torch.equal(batch.eps, delta.eps)
+
+
+def test_a_sample_is_consecutive_frames_of_one_clip_under_one_noise_and_its_own_words():
+    batch = drawn(frames=3, clip=5)
+    x, eps, eps_cue, k = (a.unflatten(0, (8, 3)) for a in parts(batch)[:4])
+    row, first = x[:, 0, 0, 0, 0].floor(), x[:, 0, 0, 0, 0] % 1
+    for i in range(3):
+        torch.testing.assert_close(x[:, i, 0, 0, 0], row + first + i / 100)
+        for a in (eps, eps_cue, k):
+            assert torch.equal(a[:, i], a[:, 0])
+    assert first.unique().numel() > 1  # windows begin anywhere
+    assert all(torch.equal(p[::3].flatten(1)[:, 0], row) for p in parts(batch)[4:])
+
+
+def test_the_nodes_of_the_time_grid_are_evenly_covered():
+    for seed in range(20):
+        counts = drawn(seed=seed).k.bincount(minlength=4).tolist()
+        assert counts == [2, 2, 2, 2]
+        uneven = drawn(seed=seed, n=5).k.bincount(minlength=5).tolist()
+        assert len(uneven) == 5 and min(uneven) >= 1 and max(uneven) <= 2
+
+
+# ---- the world of the pictures -----------------------------------------------------------------
 def test_the_judge_reads_back_what_the_renderer_drew():
     rng = np.random.default_rng(5)
     for _ in range(6):
         scene = scenes.sample_scene(rng)
-        assert scenes.judge(scene, scenes.render(scene)[None])[0] == {
-            k: getattr(scene, k) for k in scenes.ATTRIBUTES
-        }
-
-
-def test_cached_latents_are_never_stale(tmp_path):
-    """An encoder that counts: asked once for the same pixels, again for others, another shape, another encoder, and where the file is damaged."""
-    asked, vae = (
-        [],
-        argparse.Namespace(encode=lambda pixels: asked.append(len(pixels)) or pixels * 2),
-    )
-    views = np.random.default_rng(0).integers(0, 256, (3, 4, 8, 3), np.uint8)
-    cached = lambda views, known=b"a": encode(
-        vae, views, torch.device("cpu"), tmp_path / "new" / "latents", known
-    )  # noqa: E731
-    first = cached(views)
-    assert (
-        first.equal(cached(views))
-        and first.equal(encode(vae, views, torch.device("cpu"), None, b""))
-        and asked == [3, 3]
-    )
-    (file,) = (tmp_path / "new" / "latents").iterdir()
-    for more in (
-        lambda: cached(views + 1),
-        lambda: cached(views.reshape(3, 8, 4, 3)),
-        lambda: cached(views, b"b"),
-    ):
-        before = len(asked)
-        more(), more()
-        assert len(asked) == before + 1
-    file.write_bytes(file.read_bytes()[:-9])
-    assert (
-        first.equal(cached(views))
-        and len(asked) == 6
-        and first.equal(cached(views))
-        and len(asked) == 6
-    )
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be written"):
-        encode(vae, views, torch.device("cpu"), tmp_path / "file", b"")
+        read = scenes.judge(scene, scenes.render(scene)[None])[0]
+        assert read == {kind: getattr(scene, kind) for kind in scenes.ATTRIBUTES}

@@ -22,10 +22,12 @@ import time
 import zlib
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from picture import headed  # noqa: E402
+
 from files.disk import write  # noqa: E402
 from files.pictures import write_image  # noqa: E402
 from train import RECIPES  # noqa: E402
@@ -71,7 +73,7 @@ PATCHED = """import dataclasses, train
 train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], **{patch})
 train.main()"""
 
-TILE, GAP = 3, 6  # enlargement and distance of the picture's tiles
+TILE = 3  # enlargement of the picture's tiles
 SCENES = 2  # held-back pictures shown, the brightest
 
 
@@ -229,17 +231,7 @@ def picture(outs):
     columns = {"source": [sources[i] for i in bright for _ in range(2)]}
     for name, run_tiles in tiles.items():
         columns[name] = [run_tiles[i, state] for i in bright for state in (1, 2)]
-    side, head = 64 * TILE, 24
-    size = (len(columns) * (side + GAP) + GAP, head + 2 * SCENES * (side + GAP))
-    page = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(14)
-    for i, (name, column) in enumerate(columns.items()):
-        left = GAP + i * (side + GAP)
-        draw.text((left + side // 2, head // 2), name, "black", font, anchor="mm")
-        for j, tile in enumerate(column):
-            large = Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
-            page.paste(large, (left, head + j * (side + GAP)))
-    return page
+    return headed(columns, 64 * TILE)
 
 
 def options():

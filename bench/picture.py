@@ -19,7 +19,7 @@ from files.pictures import write_image
 from files.run import load_adapter, read_run
 from frozen.load import load_base
 
-TILE = 160  # pixels of the picture's side for each of the 64 of a scene
+SIDE = 160  # pixels of a scene, which has 64
 GAP = 6
 HEAD = 24  # pixels of the line of headings
 ROWS = (
@@ -42,18 +42,17 @@ def pick(rng: np.random.Generator) -> list:
     return found
 
 
-def sheet(columns: dict[str, np.ndarray]) -> Image.Image:
-    """columns: heading -> pictures (n, 64, 64, 3) uint8, a row each"""
+def headed(columns: dict[str, list[np.ndarray]], side: int) -> Image.Image:
+    """columns: heading -> pictures (h, w, 3) uint8, a row each, drawn side x side -> the sheet"""
     rows = len(next(iter(columns.values())))
-    size = (len(columns) * (TILE + GAP) - GAP, HEAD + rows * (TILE + GAP) - GAP)
-    page = Image.new("RGB", size, "white")
+    page = Image.new("RGB", (len(columns) * (side + GAP), HEAD + rows * (side + GAP)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for i, (heading, pictures) in enumerate(columns.items()):
-        left = i * (TILE + GAP)
-        draw.text((left + TILE // 2, HEAD // 2), heading, "black", font, anchor="mm")
+        left = i * (side + GAP)
+        draw.text((left + side // 2, HEAD // 2), heading, "black", font, anchor="mm")
         for j, picture in enumerate(pictures):
-            tile = Image.fromarray(picture).resize((TILE, TILE), Image.Resampling.LANCZOS)
-            page.paste(tile, (left, HEAD + j * (TILE + GAP)))
+            tile = Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+            page.paste(tile, (left, HEAD + j * (side + GAP)))
     return page
 
 
@@ -83,7 +82,7 @@ def main():
     first = read_run(runs[0])["instr"]
     undo = [derive(first, caption)[1] for caption in captions]
     columns[f"{first.split()[-1]} undone"] = edit(runs[0], columns[f'"{first}"'], undo)
-    write_image(o.out, sheet(columns))
+    write_image(o.out, headed(columns, SIDE))
     print(o.out)
 
 

@@ -53,8 +53,6 @@ STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # of SDEdit
 FLOWEDIT = (  # start, guidance of source and target
     (0.75, 1.5, 3.0),
     (0.85, 1.5, 3.0),
-    (0.95, 1.5, 3.0),
-    (0.85, 3.5, 13.5),
     (0.9, 1.0, 1.5),
 )
 

@@ -16,7 +16,8 @@ import pathlib
 import sys
 from dataclasses import dataclass
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py; before torch is imported
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is imported, as in train.py
 
 import numpy as np
 import torch

@@ -72,13 +72,15 @@ def claim(out: pathlib.Path, resume: bool) -> None:
         pass
 
 
-def begin(out: pathlib.Path, config: dict, held: list[dict], data) -> None:
+def begin(out: pathlib.Path, config: dict, data, held: Tensor) -> None:
     """Writes what a run begins with: the held-back pictures, config.json and the card. Warns where
     a resumed run has other pictures or prompts."""
     if RANK:
         return
     shown = []
-    for n, row in enumerate(held):  # copied, since a run may be published, and --data be gone
+    for n, row in enumerate(
+        data.rows[i] for i in held
+    ):  # copied, since a run may be published, and --data be gone
         path = row["path"]
         for file in filter(pathlib.Path.is_file, [path, *path.glob("*")]):
             with replacing(out / "held" / str(n) / file.relative_to(path.parent)) as tmp:

@@ -23,8 +23,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-# Before torch: waiting threads spin for a shorter while. Beside two busy processes a step then takes
-# 2.5 times as long as alone, not 3.5; alone it takes 1 % longer.
+# Before torch: waiting threads spin for a shorter while. Beside two busy processes a step takes 2.5
+# times as long as alone then, not 3.5; alone it takes 1 % longer.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -73,14 +73,12 @@ def claim(out: pathlib.Path, resume: bool) -> None:
 
 
 def begin(out: pathlib.Path, config: dict, data, held: Tensor) -> None:
-    """Writes what a run begins with: the held-back pictures, config.json and the card. Warns where
-    a resumed run has other pictures or prompts."""
+    """Writes held-back pictures, config.json and card; warns where a resumed run has other data."""
     if RANK:
         return
     shown = []
-    for n, row in enumerate(
-        data.rows[i] for i in held
-    ):  # copied, since a run may be published, and --data be gone
+    for n, i in enumerate(held.tolist()):  # copied: a run may be published, and --data be gone
+        row = data.rows[i]
         path = row["path"]
         for file in filter(pathlib.Path.is_file, [path, *path.glob("*")]):
             with replacing(out / "held" / str(n) / file.relative_to(path.parent)) as tmp:

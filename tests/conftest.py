@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 
-# Before torch is imported: threads that wait do not spin. pytest.ini has a worker for each core, and
-# the commands that the tests start get one thread, too.
+# Before torch is imported: threads that wait do not spin. pytest.ini has a worker for each core,
+# and the commands that the tests start get one thread, too.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["OMP_NUM_THREADS"] = "1"
 

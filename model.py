@@ -168,7 +168,8 @@ class Block(nn.Module):
 
 def temporal(x: Tensor, frames: int, adapter: Adapter) -> Tensor:
     """Attention over the frames of one patch, for what they differ in: sum_j a_ij (v_j - v_i). So
-    a still clip stays what it was. x (B F, N, D), the frames of a clip one after another -> x"""
+    a still clip stays what it was. The paper's video editor needs such layers; here they have not
+    been seen to help (docs/clips.md). x (B F, N, D), a clip's frames one after another -> x"""
     if frames == 1 or "temporal.qkv.weight" not in adapter:
         return x
     n, d = x.shape[1:]

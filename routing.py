@@ -20,8 +20,8 @@ def time_grid(n: int, shift: float = 1.0) -> Tensor:
 
 
 def noise(n: int, frames: int, shape, generator: torch.Generator) -> Tensor:
-    """Noise for n clips, the same in every frame of a clip, or edits would flicker; pictures are
-    clips of one frame. -> (n F, *shape)"""
+    """Noise for n clips, the same in every frame of a clip, or edits flicker more (4.4 grey levels,
+    not 2.8: docs/clips.md); pictures are clips of one frame. -> (n F, *shape)"""
     return torch.randn((n, *shape), generator=generator).repeat_interleave(frames, 0)
 
 

@@ -89,7 +89,9 @@ class Loaded:  # what an edit needs, read once
         generator = torch.Generator().manual_seed(self.seed)
         eps = noise(len(instructions), frames, x.shape[1:], generator).to(device)
         prompt = tuple(a.repeat_interleave(frames, 0) for a in self.text(instructions))
-        null = tuple(a.expand(len(x), *a.shape[1:]) for a in self.text([""]))
+        null = None
+        if self.guidance != 1:
+            null = tuple(a.expand(len(x), *a.shape[1:]) for a in self.text([""]))
         with self.autocast:
             y = edit(self.model, self.adapter, x, prompt, eps, self.ts, frames, null, self.guidance)
         return to_images(self.vae.decode(y))
@@ -203,9 +205,8 @@ def main():
     if o.prompt is not None:
         return print(draw_prompt(o))
     e = load(o)
-    frames = 1  # an editor of pictures takes a clip frame by frame
-    if e.config["frames"] > 1:
-        frames = o.frames or e.config["frames"]
+    own = e.config["frames"]  # 1: an editor of pictures takes a clip frame by frame
+    frames = o.frames or own if own > 1 else 1
     print(edit_files(e, o, frames) if o.input else edit_held(e, o, frames))
 
 

@@ -98,9 +98,9 @@ class Attention(nn.Module):
         return h.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(
-        self, x: Tensor, context: Tensor | None, bias: Tensor | None, adapter: Adapter
+        self, x: Tensor, context: Tensor | None, adapter: Adapter
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B, N, D), context (B, L, D); bias (1, 1, 1, N + L) of the attention's logits"""
+        """x (B, N, D), context (B, L, D), its last token the absent T5's"""
         q = self.split(self.to_q(x, adapter))
         k = self.split(self.to_k(x, adapter))
         v = self.split(self.to_v(x, adapter))
@@ -112,15 +112,36 @@ class Attention(nn.Module):
             q = torch.cat([q, self.norm_added_q(q_text)], 2)
             k = torch.cat([k, self.norm_added_k(k_text)], 2)
             v = torch.cat([v, v_text], 2)
-            bias = bias.to(q.dtype)
-        # under autocast the norms run in float32, so q may be of another dtype than v
-        h = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=bias)
+        # under autocast the norms may run in float32, so q be of another dtype than v
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        attend = F.scaled_dot_product_attention
+        if context is not None:
+            attend = with_weight if x.device.type == "cpu" else with_copies
+        h = attend(q, k, v)
         h = h.transpose(1, 2).flatten(2)  # (B, N + L, D)
         n = x.shape[1]
         image = self.to_out[0](h[:, :n], adapter)
         if not hasattr(self, "to_add_out"):
             return image, None
         return image, self.to_add_out(h[:, n:], adapter)
+
+
+# The third text encoder, T5, is absent: 256 zero vectors behind CLIP's. They are identical and stay
+# so in all layers, so one token, the last, stands for them; as a key it counts 256 times.
+def with_weight(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """log 256 on the last key's logit: the fewest numbers. (B, H, N, D/H) -> the same"""
+    bias = torch.zeros(1, 1, 1, k.shape[2], dtype=q.dtype, device=q.device)
+    bias[..., -1] = math.log(T5_ZEROS)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def with_copies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The last key and value 256 times, for accelerators: their fastest kernels take no mask, and
+    bf16 would round log 256 to 252 tokens. (B, H, N, D/H) -> the same"""
+    copies = (-1, -1, T5_ZEROS - 1, -1)
+    k = torch.cat([k, k[:, :, -1:].expand(copies)], 2)
+    v = torch.cat([v, v[:, :, -1:].expand(copies)], 2)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Block(nn.Module):
@@ -138,7 +159,7 @@ class Block(nn.Module):
             self.ff_context = FeedForward(d)
 
     def forward(
-        self, x: Tensor, context: Tensor, temb: Tensor, bias: Tensor, adapter: Adapter, frames: int
+        self, x: Tensor, context: Tensor, temb: Tensor, adapter: Adapter, frames: int
     ) -> tuple[Tensor, Tensor | None]:
         """x (B, N, D) image tokens, context (B, L, D) text tokens -> both, changed; the last
         block's context is None."""
@@ -149,11 +170,11 @@ class Block(nn.Module):
             c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = self.norm1_context(temb)
         h = modulate(x, shift, scale)
         h_text = modulate(context, c_shift, c_scale)
-        h, h_text = self.attn(h, h_text, bias, adapter)
+        h, h_text = self.attn(h, h_text, adapter)
         if self.dual:  # a second attention reads the same x
             shift2, scale2, gate2 = second
             h2 = modulate(x, shift2, scale2)
-            h2, _ = self.attn2(h2, None, None, adapter)
+            h2, _ = self.attn2(h2, None, adapter)
             x = x + gate[:, None] * h + gate2[:, None] * h2
         else:
             x = x + gate[:, None] * h
@@ -270,9 +291,10 @@ class MMDiT(nn.Module):
         embed = self.time_text_embed
         temb = embed["timestep_embedder"](time_frequencies(t))
         temb = temb + embed["text_embedder"](pooled)  # (B, D)
-        context, bias = self.with_absent_t5(context, x.shape[1])
+        absent_t5 = (0, self.context_dim - context.shape[-1], 0, 1)  # features, and a token more
+        context = self.context_embedder(F.pad(context, absent_t5))  # (B, L + 1, D)
         for block, part in zip(self.transformer_blocks, self.per_block(adapter)):
-            x, context = self.run_block(block, x, context, temb, bias, part, frames)
+            x, context = self.run_block(block, x, context, temb, part, frames)
         scale, shift = self.norm_out(temb)  # in this order, as published
         x = modulate(x, shift, scale)
         v = self.unpatchify(self.proj_out(x), size)
@@ -290,18 +312,6 @@ class MMDiT(nn.Module):
         table = table.unflatten(1, (self.grid, self.grid))
         centre = table[:, top : top + h, left : left + w]
         return centre.flatten(1, 2)
-
-    def with_absent_t5(self, context: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """The absent T5 encoder means 256 zero vectors behind the CLIP context. They are identical
-        and stay identical through all layers, so one token stands for them, with log 256 added to
-        its attention logit: 255 tokens fewer, the same numbers (in bf16 log 256 is rounded).
-        context (B, L, D_text), n image tokens -> (B, L + 1, D), bias (1, 1, 1, n + L + 1)"""
-        absent = self.context_dim - context.shape[-1]
-        context = F.pad(context, (0, absent, 0, 1))  # one token more
-        context = self.context_embedder(context)
-        bias = torch.zeros(1, 1, 1, n + context.shape[1], device=context.device)
-        bias[..., -1] = math.log(T5_ZEROS)
-        return context, bias
 
     def per_block(self, adapter: Adapter | None) -> list[Adapter]:
         """Each block's part of the adapter, by names within the block:
@@ -340,24 +350,11 @@ def time_frequencies(t: Tensor) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
-def sincos(d: int, size: int, base: float = 1e4) -> Tensor:
-    """The 2-D sin-cos position table for a square grid, for tiny/pretrain.py and tests; a base
-    brings its own. -> (1, size*size, d)"""
-    omega = base ** (-torch.arange(d // 4) / (d // 4))
-    angle = torch.arange(size)[:, None] * omega  # (size, d/4)
-    line = torch.cat([angle.sin(), angle.cos()], -1)  # (size, d/2)
-    across = line[None].expand(size, -1, -1)
-    down = line[:, None].expand(-1, size, -1)
-    table = torch.cat([across, down], -1)  # (size, size, d)
-    return table.flatten(0, 1)[None]
-
-
 # ---- what is trained ----------------------------------------------------------------------------
 def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
     """LoRA pairs (A random, B zero, scale 1), the zero source projection and, for video, temporal
     attention of a third of the width with a zero output. All in float32; over a base in half
-    precision autocast casts them."""
-    device = model.proj_out.weight.device
+    precision autocast casts them. Drawn on the CPU: a seed means the same on every device."""
     # The last block's text queries cannot reach the picture: its text output is thrown away.
     idle = f"transformer_blocks.{len(model.transformer_blocks) - 1}.attn.add_q_proj"
     adapter = {}
@@ -365,20 +362,20 @@ def new_adapter(model: MMDiT, rank: int, video: bool = False) -> Adapter:
         if isinstance(module, Linear) and name != idle:
             m, n = module.weight.shape
             r = min(rank, m, n)
-            down = torch.randn(r, n, device=device) / n**0.5
-            adapter[name + ".lora_A.weight"] = down
-            adapter[name + ".lora_B.weight"] = torch.zeros(m, r, device=device)
-    base_proj = model.pos_embed.proj.weight  # (D, C, p, p)
-    adapter["source_proj.weight"] = torch.zeros_like(base_proj, dtype=torch.float32)
+            adapter[name + ".lora_A.weight"] = torch.randn(r, n) / n**0.5
+            adapter[name + ".lora_B.weight"] = torch.zeros(m, r)
+    shape = model.pos_embed.proj.weight.shape  # (D, C, p, p)
+    adapter["source_proj.weight"] = torch.zeros(shape)
     if video:
         d = model.width
         heads = max(1, d // 3 // TEMPORAL_HEAD)
         w = heads * TEMPORAL_HEAD
         for i in range(len(model.transformer_blocks)):
             name = f"transformer_blocks.{i}.temporal"
-            adapter[name + ".qkv.weight"] = torch.randn(3 * w, d, device=device) / d**0.5
-            adapter[name + ".out.weight"] = torch.zeros(d, w, device=device)
-    return {k: v.requires_grad_() for k, v in adapter.items()}
+            adapter[name + ".qkv.weight"] = torch.randn(3 * w, d) / d**0.5
+            adapter[name + ".out.weight"] = torch.zeros(d, w)
+    device = model.proj_out.weight.device
+    return {k: v.to(device).requires_grad_() for k, v in adapter.items()}
 
 
 def merged(model: MMDiT, adapter: Adapter) -> Adapter:

@@ -230,7 +230,7 @@ class CLIPText(nn.Module):
             before, x = x, layer(x)
         x = self.final_layer_norm(x)
         end = ids.argmax(1)  # end-of-text has the highest id
-        pooled = x[torch.arange(len(ids)), end]  # (B, L, D) -> (B, D)
+        pooled = x[torch.arange(len(ids), device=ids.device), end]  # (B, L, D) -> (B, D)
         return before, self.text_projection(pooled)
 
 
@@ -245,6 +245,12 @@ class Text(nn.Module):
         """list of B strings -> context (B, L, D1 + D2), pooled (B, P1 + P2)"""
         device = self.encoders[0].text_projection.weight.device
         return self.encode([tokenizer(texts).to(device) for tokenizer in self.tokenizers])
+
+    def alike(self, a: list[str], b: list[str]) -> Tensor:
+        """Which of a (B strings) reads as its b does, for they differ only where they are cut.
+        -> (B,) bool"""
+        same = [(tokenizer(a) == tokenizer(b)).all(1) for tokenizer in self.tokenizers]
+        return torch.stack(same).all(0)
 
     def encode(self, ids: list[Tensor]) -> tuple[Tensor, Tensor]:
         """ids: one (B, L) tensor for each encoder -> as forward"""

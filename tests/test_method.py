@@ -22,9 +22,10 @@ from losses import (
     identity_loss,
     teacher,
 )
-from model import MMDiT, merged, new_adapter, sincos
+from model import MMDiT, merged, new_adapter
 from routing import ROUTES, integrate, rollout, route, time_grid
 from sample import edit
+from tiny.parts import sincos
 from train import Muon
 
 C, S = 4, 8  # latent channels, side

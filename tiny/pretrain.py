@@ -1,105 +1,41 @@
-"""The embedded base, from scratch on two CPU cores: world -> autoencoder -> MMDiT with its text
-encoders.
+"""The embedded base, from scratch: world -> autoencoder -> MMDiT with its text encoders.
 
-    python tiny/pretrain.py render --n 60000    # pictures and their records, in tiny/work: minutes
+    python tiny/pretrain.py render --n 60000    # pictures of the world, in tiny/work: a minute
     python tiny/pretrain.py vae --minutes 12    # the autoencoder; then encodes every picture once
     python tiny/pretrain.py flow --minutes 60   # flow matching; run again to go on where it stopped
     python tiny/pretrain.py export              # writes tiny/checkpoint, in diffusers' layout
     python tiny/pretrain.py restore             # after render: the committed checkpoint, to go on
+    python tiny/pretrain.py all --n 200000 --minutes 8    # the first four; for an accelerator
 
+Two CPU cores do. An accelerator, where there is one, trains in bf16, compiled, in larger batches.
 Every stage saves to tiny/work and continues from there; Ctrl-C loses at most a minute.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 import sys
 import time
+from collections import deque
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, IterableDataset
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import scenes  # noqa: E402
 from frozen.load import load_base  # noqa: E402
-from frozen.text import CLIPText, Text, Tokenizer, byte_symbols, split_words  # noqa: E402
 from frozen.vae import VAE, to_pixels  # noqa: E402
-from model import MMDiT, sincos  # noqa: E402
+from tiny.parts import MMDIT_CONFIG, MODEL_INDEX, SCHEDULER_CONFIG, VAE_CONFIG, build  # noqa: E402
 from train import Muon  # noqa: E402
 
-WORK = ROOT / "tiny" / "work"
-VAE_CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 8,
-    "sample_size": 64,
-    "block_out_channels": [16, 32, 64],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "mid_block_add_attention": True,
-    "scaling_factor": 1.0,
-    "shift_factor": 0.0,
-    "force_upcast": True,
-}
-
-TOKENS = 24  # longest caption of the world has 23 words
-MMDIT_CONFIG = {
-    "_class_name": "SD3Transformer2DModel",
-    "sample_size": 16,
-    "patch_size": 2,
-    "in_channels": 8,
-    "out_channels": 8,
-    "num_layers": 6,
-    "num_attention_heads": 4,
-    "attention_head_dim": 48,
-    "joint_attention_dim": 256,
-    "caption_projection_dim": 192,
-    "pooled_projection_dim": 256,
-    "pos_embed_max_size": 16,
-    "dual_attention_layers": [],
-    "qk_norm": "rms_norm",
-}
-CLIP_CONFIG = {
-    "architectures": ["CLIPTextModelWithProjection"],
-    "model_type": "clip_text_model",
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "projection_dim": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": TOKENS,
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "quick_gelu",
-}
-SCHEDULER_CONFIG = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 2.0,
-}
-MODEL_INDEX = {
-    "_class_name": "StableDiffusion3Pipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "text_encoder_3": [None, None],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "tokenizer_3": [None, None],
-    "transformer": ["diffusers", "SD3Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+CHECKPOINT = ROOT / "tiny" / "checkpoint"
 
 
 def save(tensors, path, **meta):
@@ -118,28 +54,75 @@ def begins(prefix, tensors):
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def records(n, seed=0):
-    """The n scenes of the training world, one generator each: scene i never depends on n."""
-    return [scenes.sample_scene(np.random.default_rng((seed, i))) for i in range(n)]
+# ---- the machine ---------------------------------------------------------------------------------
+def find_device():
+    """An accelerator (CUDA, ROCm, XPU, ...) where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def accelerated(device):
+    """Whether to train in bf16, compiled, with workers, in large batches."""
+    return device.type != "cpu"
+
+
+def half(device):
+    """bf16 on an accelerator. The CPU stays in float32: compiled bf16 gave NaN on an Intel Xeon."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=accelerated(device))
+
+
+def on_all_cores(function, n):
+    """Yields function(numbers) for the scenes 0 to n - 1, 500 at a time, in order."""
+    parts = [range(i, min(i + 500, n)) for i in range(0, n, 500)]
+    with multiprocessing.Pool() as pool:
+        yield from pool.imap(function, parts)
+
+
+@torch.no_grad()
+def update_average(average, now, decay):
+    """now: the weights, by the same names in the same order."""
+    torch._foreach_lerp_(list(average.values()), list(now.values()), 1 - decay)
+
+
+# ---- the world -----------------------------------------------------------------------------------
+def records(numbers):
+    """Scenes of the training world, a generator for each: scene i does not depend on how many."""
+    return [scenes.sample_scene(np.random.default_rng((0, i))) for i in numbers]
+
+
+def pictures(numbers):
+    """-> (n, 64, 64, 3) uint8"""
+    return np.stack([scenes.render(scene) for scene in records(numbers)])
 
 
 def cmd_render(args):
-    WORK.mkdir(parents=True, exist_ok=True)
-    out = np.lib.format.open_memmap(WORK / "images.npy", "w+", np.uint8, (args.n, 64, 64, 3))
-    for i, scene in enumerate(records(args.n)):
-        out[i] = scenes.render(scene)
+    args.work.mkdir(parents=True, exist_ok=True)
+    shape = args.n, 64, 64, 3
+    out = np.lib.format.open_memmap(args.work / "images.npy", "w+", np.uint8, shape)
+    first = 0
+    for part in on_all_cores(pictures, args.n):
+        out[first : first + len(part)] = part
+        first += len(part)
     out.flush()
 
 
+def load_array(path, device):
+    """A .npy file on the device; on the CPU it stays on the disk ("c": the file never changes)."""
+    return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
+
+
+# ---- the autoencoder -----------------------------------------------------------------------------
 def cmd_vae(args):
-    images = np.load(WORK / "images.npy", mmap_mode="r")
+    start, device = time.time(), find_device()
+    images = load_array(args.work / "images.npy", device)
     torch.manual_seed(0)
-    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
-    if (WORK / "vae.safetensors").exists():
-        vae.load_state_dict(load_file(WORK / "vae.safetensors"))
-    average = {k: v.clone() for k, v in vae.state_dict().items()}
+    vae = VAE(VAE_CONFIG).to(device, memory_format=torch.channels_last)
+    torch.seed()  # every sitting draws anew
+    if (args.work / "vae.safetensors").exists():
+        vae.load_state_dict(load_file(args.work / "vae.safetensors"))
+    now = vae.state_dict()
+    average = {k: v.clone() for k, v in now.items()}
     opt = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    step, start, rng = 0, time.time(), np.random.default_rng(time.time_ns())
+    step = 0
 
     def loss_of(pixels):
         mean, logvar = vae.moments(pixels)
@@ -153,19 +136,17 @@ def cmd_vae(args):
         cosine = 0.5 * (1 + math.cos(math.pi * gone))
         for group in opt.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * cosine)
-        picked = images[np.sort(rng.integers(0, len(images), 16))]
-        pixels = to_pixels(picked).to(memory_format=torch.channels_last)
-        mse, l1, kl = loss_of(pixels)
+        picked = torch.randint(len(images), (args.batch // 8,), device=device)
+        pixels = to_pixels(images[picked]).to(memory_format=torch.channels_last)
+        with half(device):
+            mse, l1, kl = loss_of(pixels)
         loss = mse + 0.2 * l1 + 5e-5 * kl
         opt.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         opt.step()
         step += 1
-        decay = min(0.998, step / (step + 20))
-        with torch.no_grad():
-            for k, v in vae.state_dict().items():
-                average[k].lerp_(v, 1 - decay)
+        update_average(average, now, decay=min(0.998, step / (step + 20)))
         if step % 100 == 0:
             psnr, seconds = 10 * math.log10(4 / mse.item()), time.time() - start
             print(f"{step} {seconds:.0f}s psnr {psnr:.2f} kl {kl.item():.2f}", flush=True)
@@ -175,12 +156,13 @@ def cmd_vae(args):
     spread = [round(s, 2) for s in z.std((0, 2, 3)).tolist()]
     print(f"shift {shift} scaling {scaling} channel std {spread}")
     latents = (z - shift) * scaling  # zero mean, unit variance
-    np.save(WORK / "latents.npy", latents.half().numpy())
-    write_json(WORK / "vae.json", VAE_CONFIG | {"shift_factor": shift, "scaling_factor": scaling})
+    np.save(args.work / "latents.npy", latents.half().cpu().numpy())
+    config = VAE_CONFIG | {"shift_factor": shift, "scaling_factor": scaling}
+    write_json(args.work / "vae.json", config)
     decoded = vae.decoder(z[:200]).clamp(-1, 1)
     error = F.mse_loss(decoded, to_pixels(images[:200]), reduction="none").mean((1, 2, 3))
     print(f"reconstruction {(10 * torch.log10(4 / error)).mean():.2f} dB")
-    save(vae.state_dict(), WORK / "vae.safetensors")
+    save(vae.state_dict(), args.work / "vae.safetensors")
 
 
 @torch.no_grad()
@@ -192,89 +174,7 @@ def encode_all(vae, images):
     return torch.cat(out).float()
 
 
-def count_words():
-    """How often each word occurs in captions and wishes of the world."""
-    rng, words = np.random.default_rng(0), {}
-    for scene in records(4000, seed=7):
-        texts = scenes.caption(scene, rng), scenes.wish(scene, rng)
-        for text in (*texts, "change remove add the trees undo it"):
-            for word in split_words(text):
-                words[word] = words.get(word, 0) + 1
-    return words
-
-
-def learn_merges(words):
-    """Byte-pair merges until every word is one symbol. -> [(left, right), ...]"""
-    parts = {w: [*w[:-1], w[-1] + "</w>"] for w in words}  # the world's words are plain ASCII
-    merges = []
-    while True:
-        pairs = {}
-        for w, p in parts.items():
-            for pair in zip(p, p[1:]):
-                pairs[pair] = pairs.get(pair, 0) + words[w]
-        if not pairs:
-            return merges
-        best = max(sorted(pairs), key=pairs.get)
-        merges.append(best)
-        for p in parts.values():
-            i = 0
-            while i < len(p) - 1:
-                if (p[i], p[i + 1]) == best:
-                    p[i : i + 2] = ["".join(best)]
-                i += 1
-
-
-def make_tokenizers(folder):
-    """Byte-pair merges learnt from the world's own words, written in CLIP's format: one token per
-    word of the world. -> vocabulary"""
-    merges = learn_merges(count_words())
-    symbols = list(byte_symbols().values())
-    vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
-    vocab += ["<|startoftext|>", "<|endoftext|>"]
-    ids = json.dumps({v: i for i, v in enumerate(vocab)}, ensure_ascii=False)
-    lines = "#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n"
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        path = folder / name
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "vocab.json").write_text(ids, "utf-8")
-        (path / "merges.txt").write_text(lines, "utf-8")
-        special = {
-            "bos_token": "<|startoftext|>",
-            "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
-            "pad_token": pad,
-        }
-        write_json(path / "special_tokens_map.json", special)
-        kind = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS}
-        write_json(path / "tokenizer_config.json", kind | {"do_lower_case": True} | special)
-    return vocab
-
-
-def build():
-    vocab = make_tokenizers(WORK)
-    end = len(vocab) - 1
-    words = {"vocab_size": len(vocab), "bos_token_id": end - 1, "eos_token_id": end}
-    configs = []
-    for act, pad in (("quick_gelu", end), ("gelu", 0)):
-        configs.append(CLIP_CONFIG | words | {"hidden_act": act, "pad_token_id": pad})
-    tokenizers = [Tokenizer(WORK / n) for n in ("tokenizer", "tokenizer_2")]
-    text = Text(tokenizers, [CLIPText(c) for c in configs])
-    model = MMDiT(MMDIT_CONFIG)
-    table = sincos(model.width, model.grid, base=100.0)  # 8 x 8 tokens: no need for base 1e4
-    model.pos_embed.pos_embed.copy_(table)
-    for name, p in list(model.named_parameters()) + list(text.named_parameters()):
-        if "embedding.weight" in name:
-            torch.nn.init.normal_(p, std=0.5 if "token" in name else 0.1)
-        elif p.ndim == 2:
-            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
-        elif "norm" not in name:
-            torch.nn.init.zeros_(p)
-    for name, p in model.named_parameters():  # adaLN-zero: every block begins as identity
-        if name.startswith(("norm_out", "proj_out")) or ".norm1" in name:
-            torch.nn.init.zeros_(p)
-    return model, text, configs
-
-
+# ---- the MMDiT and its text encoders -------------------------------------------------------------
 def save_flow(state, both, average, step):
     tensors = {f"now.{k}": v for k, v in both.state_dict().items()}
     tensors |= {f"avg.{k}": v for k, v in average.items()}
@@ -288,6 +188,36 @@ def words_for(scene, u, rng):
     if u < 0.3:
         return scenes.wish(scene, rng)
     return scenes.caption(scene, rng)
+
+
+class Samples(IterableDataset):
+    """Batches without end: numbers of scenes (B,), and a fresh text of each as the ids of every
+    tokenizer, (B, 24)."""
+
+    def __init__(self, world, tokenizers, batch):
+        self.world, self.tokenizers, self.batch = world, tokenizers, batch
+
+    def __iter__(self):
+        rng = np.random.default_rng()  # another in every worker and sitting
+        plain = np.array([s.style == "plain" for s in self.world])
+        share = np.where(plain, 1.0, 0.35)  # the plain style is what must be best
+        share /= share.sum()
+        while True:
+            pick = rng.choice(len(self.world), self.batch, p=share)
+            u = rng.random(self.batch)
+            texts = [words_for(self.world[i], r, rng) for i, r in zip(pick, u)]
+            yield pick, *[tokenizer(texts) for tokenizer in self.tokenizers]
+
+
+def draw_samples(n, tokenizers, batch, device):
+    """Samples of the first n scenes; for an accelerator drawn by workers, 17,000 a second each."""
+    world = []
+    for part in on_all_cores(records, n):
+        world += part
+    fast = accelerated(device)
+    workers = max(1, os.cpu_count() - 2) if fast else 0
+    samples = Samples(world, tokenizers, batch)
+    return iter(DataLoader(samples, batch_size=None, num_workers=workers, pin_memory=fast))
 
 
 def flow_optimizers(both, lr):
@@ -304,85 +234,91 @@ def flow_optimizers(both, lr):
 
 def cmd_flow(args):
     """Flow matching: x_t = (1-t) x + t eps, target eps - x, logit-normal t."""
+    start, device = time.time(), find_device()
+    latents = load_array(args.work / "latents.npy", device)
     torch.manual_seed(0)
-    latents = torch.from_numpy(np.load(WORK / "latents.npy"))
-    world = records(len(latents))
-    plain = np.array([s.style == "plain" for s in world])
-    share = np.where(plain, 1.0, 0.35)  # the plain style is what must be best
-    share /= share.sum()
-    model, text, _ = build()
-    both = torch.nn.ModuleDict({"model": model, "text": text})
+    model, text, _ = build(args.work)
+    torch.seed()  # every sitting draws anew
+    samples = draw_samples(len(latents), text.tokenizers, args.batch, device)
+    both = torch.nn.ModuleDict({"model": model, "text": text}).to(device)
     opts = flow_optimizers(both, args.lr)
-    average = {k: v.clone() for k, v in both.state_dict().items()}
-    step, state = 0, WORK / "flow.safetensors"
+    now = both.state_dict()
+    average = {k: v.clone() for k, v in now.items()}
+    step, state = 0, args.work / "flow.safetensors"
     if state.exists():  # weights and average; the optimizers warm up anew
-        saved = load_file(state)
+        saved = load_file(state, str(device))
         both.load_state_dict(begins("now.", saved))
-        average = begins("avg.", saved)
+        average = {k: saved["avg." + k] for k in now}
         step = int(saved["step"])
-    for block in model.transformer_blocks:
-        block.compile()
-    begun, start, rng, losses = step, time.time(), np.random.default_rng(time.time_ns()), []
+    make_fast(model, text, device)
+    begun, reported, losses = step, start, deque(maxlen=200)
     while (gone := (time.time() - start) / 60 / args.minutes) < 1:
         lr = args.lr * min(1, (step - begun + 1) / 60) * min(1, max(0.02, (1 - gone) / args.cool))
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr
-        pick = rng.choice(len(latents), args.batch, p=share)
-        u = rng.random(args.batch)
-        texts = [words_for(world[i], r, rng) for i, r in zip(pick, u)]
-        ids = [tokenizer(texts) for tokenizer in text.tokenizers]
+        pick, *ids = [a.to(device, non_blocking=True) for a in next(samples)]
         x = latents[pick].float()
         eps = torch.randn_like(x)
-        t = torch.sigmoid(torch.randn(len(x)) + math.log(2))  # shifted by 2, as sampling is
+        t = torch.randn(len(x), device=device)
+        t = torch.sigmoid(t + math.log(2))  # shifted by 2, as sampling is
         x_t = torch.lerp(x, eps, t[:, None, None, None])
-        v = model(x_t, t, text.encode(ids))
-        loss = F.mse_loss(v, eps - x)
+        with half(device):
+            v = model(x_t, t, text.encode(ids))
+        loss = F.mse_loss(v.float(), eps - x)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad()
         step += 1
-        losses.append(loss.item())
-        decay = min(args.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for k, v in both.state_dict().items():
-                average[k].lerp_(v, 1 - decay)
-        if step % 50 == 0:
-            seconds, recent = time.time() - start, np.mean(losses[-200:])
-            print(f"{step} {seconds:.0f}s loss {recent:.4f} lr {lr:.1e}", flush=True)
-        if step % 100 == 0:
+        losses.append(loss.detach())
+        update_average(average, now, decay=min(args.ema, (step + 1) / (step + 10)))
+        if time.time() - reported > 30:
+            recent, reported = torch.stack(list(losses)).mean().item(), time.time()
+            print(f"{step} {reported - start:.0f}s loss {recent:.4f} lr {lr:.1e}", flush=True)
+            assert math.isfinite(recent), f"the last good state is in {state}"
             save_flow(state, both, average, step)
     save_flow(state, both, average, step)
 
 
+def make_fast(model, text, device):
+    """Compiles what is worth it. On the CPU the blocks alone."""
+    for block in model.transformer_blocks:
+        block.compile()
+    if accelerated(device):
+        torch.set_float32_matmul_precision("high")  # TF32, for Muon's products
+        for encoder in text.encoders:
+            encoder.compile()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
 def cmd_restore(args):
     """tiny/checkpoint -> tiny/work: what `vae` and `flow` would have left, so that another sitting
     of `flow` can follow."""
-    model, vae, text, _ = load_base("tiny")
-    make_tokenizers(WORK)
-    z = encode_all(vae, np.load(WORK / "images.npy", mmap_mode="r"))
-    np.save(WORK / "latents.npy", ((z - vae.shift) * vae.scaling).half().numpy())
-    save(vae.state_dict(), WORK / "vae.safetensors")
-    config = ROOT / "tiny" / "checkpoint" / "vae" / "config.json"
-    (WORK / "vae.json").write_text(config.read_text())
+    device = find_device()
+    model, vae, text, _ = load_base("tiny", device)
+    z = encode_all(vae, load_array(args.work / "images.npy", device))
+    latents = (z - vae.shift) * vae.scaling
+    np.save(args.work / "latents.npy", latents.half().cpu().numpy())
+    save(vae.state_dict(), args.work / "vae.safetensors")
+    config = CHECKPOINT / "vae" / "config.json"
+    (args.work / "vae.json").write_text(config.read_text())
     both = torch.nn.ModuleDict({"model": model, "text": text})
     average = {k: v.clone() for k, v in both.state_dict().items()}
-    save_flow(WORK / "flow.safetensors", both, average, args.step)
+    save_flow(args.work / "flow.safetensors", both, average, args.step)
 
 
 def cmd_export(args):
     """tiny/work -> tiny/checkpoint in diffusers layout, float16."""
-    out = pathlib.Path(args.out)
-    _, _, configs = build()
-    make_tokenizers(out)
-    average = begins("avg.", load_file(WORK / "flow.safetensors"))
-    vae_config = json.loads((WORK / "vae.json").read_text())
+    out = args.out
+    _, _, configs = build(out)
+    average = begins("avg.", load_file(args.work / "flow.safetensors"))
+    vae_config = json.loads((args.work / "vae.json").read_text())
     diffusion, clip = "diffusion_pytorch_model.safetensors", "model.safetensors"
     parts = [
         ("transformer", begins("model.", average), MMDIT_CONFIG, diffusion),
-        ("vae", load_file(WORK / "vae.safetensors"), vae_config, diffusion),
+        ("vae", load_file(args.work / "vae.safetensors"), vae_config, diffusion),
     ]
     for i, name in enumerate(("text_encoder", "text_encoder_2")):
         weights = {}
@@ -399,21 +335,36 @@ def cmd_export(args):
     write_json(out / "model_index.json", MODEL_INDEX)
 
 
+def cmd_all(args):
+    """Everything, in args.minutes: the autoencoder takes a fifth of what rendering leaves."""
+    end = time.time() + 60 * args.minutes
+    cmd_render(args)
+    args.minutes = 0.2 * (end - time.time()) / 60
+    cmd_vae(args)
+    args.minutes = 0.96 * (end - time.time()) / 60
+    cmd_flow(args)
+    cmd_export(args)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("stage", choices=["render", "vae", "flow", "export", "restore"])
+    parser.add_argument("stage", choices=["render", "vae", "flow", "export", "restore", "all"])
     parser.add_argument("--n", type=int, default=60000, help="scenes in the training world")
     sitting = "of wall clock for this sitting"
     parser.add_argument("--minutes", type=float, default=12.0, help=sitting)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=128, help="of flow")
+    size = "of flow (128; 1024 on an accelerator); of vae an eighth of it"
+    parser.add_argument("--batch", type=int, help=size)
     falls = "the last share of the sitting in which flow's rate falls to 0"
     parser.add_argument("--cool", type=float, default=0.35, help=falls)
     parser.add_argument("--ema", type=float, default=0.995, help="decay of flow's weight average")
     behind = "of restore: how many steps the committed checkpoint has behind it"
     parser.add_argument("--step", type=int, default=7545, help=behind)
-    parser.add_argument("--out", default=str(ROOT / "tiny" / "checkpoint"), help="of export")
+    work = ROOT / "tiny" / "work"
+    parser.add_argument("--work", type=pathlib.Path, default=work, help="what the stages keep")
+    parser.add_argument("--out", type=pathlib.Path, default=CHECKPOINT, help="of export")
     args = parser.parse_args()
+    args.batch = args.batch or (1024 if accelerated(find_device()) else 128)
     globals()["cmd_" + args.stage](args)
 
 

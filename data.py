@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from files.disk import UserError
-from files.folder import caption_of, load_rows, read_jsonl, report
+from files.folder import NO_CAPTION, caption_of, check_names, load_rows, read_jsonl, report
+from frozen.text import Text
 from frozen.vae import to_pixels
 from model import Prompt
 
@@ -145,18 +146,14 @@ def derive_member(members, appended, member, word, instr, caption) -> tuple[str,
 
 
 # ---- from a folder to rows ----------------------------------------------------------------------
-def read_prompts(folder, paths: list, instr=None, src=None, tgt=None, undo=None) -> list[dict]:
+def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None, strict=False) -> list:
     """-> list of rows, dicts of path, src, tgt, instr, undo. Prints what was found and derived.
-    src, tgt, undo: given for all rows, instead of caption and grammar."""
+    src, tgt, undo: given for all rows, instead of caption and grammar. strict: a folder
+    without any caption is refused, not taken for pictures of "a picture"."""
     folder = pathlib.Path(folder)
     tuples = read_jsonl(folder / "tuples.jsonl", KINDS)
     captions = read_jsonl(folder / "metadata.jsonl", ["text"])
-    names = {p.as_posix() for p in paths}
-    for name in sorted({*tuples, *captions} - names):
-        raise UserError(
-            f"{folder}: a .jsonl file names '{name}', which is no image of this folder; "
-            "correct or remove the line"
-        )
+    check_names(folder, {*tuples, *captions}, paths)
     if instr and len(tuples) == len(paths):
         raise UserError(
             f"{folder}/tuples.jsonl has an instruction for every image already: "
@@ -182,7 +179,9 @@ def read_prompts(folder, paths: list, instr=None, src=None, tgt=None, undo=None)
         if derived:
             prompts = {"src": caption, "tgt": tgt or derived[0], "instr": instr}
             rows.append(row | prompts | {"undo": undo or derived[1]})
-    report(folder, rows, len(paths), captioned, len(tuples))
+    if strict and not (captioned or src or tuples):
+        raise UserError(NO_CAPTION.format(folder), 2)
+    report(folder, rows, len(paths), captioned, len(tuples), src)
     if not rows:
         raise UserError(f"no caption in {folder} is changed by '{instr}': nothing to learn from")
     return rows
@@ -200,9 +199,8 @@ class Encoded:
 
     def prompt(self, kind: str, rows: Tensor, device="cpu") -> Prompt:
         """The texts of that kind of some rows (B,). -> context (B, L, D_text), pooled (B, P)"""
-        context, pooled = self.texts
         which = self.ids[kind][rows]
-        return context[which].to(device), pooled[which].to(device)
+        return tuple(text[which].to(device).float() for text in self.texts)
 
 
 @dataclass
@@ -234,8 +232,12 @@ def encode(rows: list, size: tuple, frames: int, vae, text: Callable, device) ->
             block = latents[-64:]
             latents[-64:] = torch.cat(block).split([len(z) for z in block])
     words = sorted({"", *(row[kind] for row in read for kind in KINDS)})
-    parts = [text(words[i : i + 64]) for i in range(0, len(words), 64)]
-    texts = tuple(torch.cat(part).cpu() for part in zip(*parts))
+    texts = tuple(part.new_empty(len(words), *part.shape[1:], device="cpu") for part in text([""]))
+    if len(words) > 2000:  # 10,000 captions and targets of SD3.5's are 6 GB, as halves
+        texts = tuple(whole.half() for whole in texts)
+    for i in range(0, len(words), 64):
+        for whole, part in zip(texts, text(words[i : i + 64])):
+            whole[i : i + 64] = part
     index = {word: i for i, word in enumerate(words)}
     ids = {kind: torch.tensor([index[row[kind]] for row in read]) for kind in KINDS}
     ids["null"] = torch.full((len(read),), index[""])
@@ -263,18 +265,15 @@ def draw(data: Encoded, rows: Tensor, recipe, frames: int, rng, mine: slice, dev
     return Batch(x, eps.to(device), eps_cue.to(device), k.to(device), **prompts, frames=frames)
 
 
-def check_captions(data: Encoded) -> None:
+def check_captions(rows: list, text: Text) -> None:
     """Captions are cut at the encoders' length; raises UserError where no target differs then."""
-    alike = 0
-    for rows in torch.arange(len(data.rows)).split(64):
-        src, tgt = data.prompt("src", rows), data.prompt("tgt", rows)
-        apart = sum((a - b).abs().flatten(1).amax(1) for a, b in zip(src, tgt))  # (64,)
-        alike += int((apart <= 1e-3).sum())
+    src, tgt = ([row[kind] for row in rows] for kind in ("src", "tgt"))
+    alike = int(text.alike(src, tgt).sum())
     told = (
-        f"{alike} of {len(data.rows)} target captions read like their source's and teach nothing: "
+        f"{alike} of {len(rows)} target captions read like their source's and teach nothing: "
         "long ones are cut; shorten them"
     )
-    if alike == len(data.rows):
+    if alike == len(rows):
         raise UserError(told)
     if alike:
         print(f"warning: {told}", file=sys.stderr)

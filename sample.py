@@ -1,12 +1,10 @@
 """Edits pictures and clips with a trained adapter, or draws from a base.
 
-    python sample.py                                            # what the last run held back
-    python sample.py --input photo.jpg --instr "make it winter" --output x.png
-    python sample.py --input folder/ --output edited/
-    python sample.py --input clip.mp4 --output edited.mp4       # or .webp, .gif, a folder of frames
-    python sample.py --base tiny --prompt "a red house in winter" --output house.png
-
-An edit is the editor's velocity integrated from noise to data, as in training's rollout (`edit`).
+python sample.py                                            # what the last run held back
+python sample.py --input photo.jpg --instr "make it winter" --output x.png
+python sample.py --input folder/ --output edited/
+python sample.py --input clip.mp4 --output edited.mp4       # or .webp, .gif, a folder of frames
+python sample.py --base tiny --prompt "a red house in winter" --output house.png
 """
 
 import argparse
@@ -24,11 +22,14 @@ import torch
 from torch import Tensor
 
 from files.clips import edit_clip, write_sheets
-from files.disk import UserError
+from files.disk import UserError, note
 from files.folder import free_name, jobs, load_rows
-from files.pictures import crop, load_image, write_image
+from files.options import need_positive, pixels
+from files.pictures import crop, load_image, pad, write_image
+from files.ranks import guard
 from files.run import find_run, load_adapter, read_run
-from frozen.load import edit_steps, open_base, working_size
+from frozen import machine
+from frozen.load import edit_size, edit_steps
 from frozen.text import Text
 from frozen.vae import VAE, to_images, to_pixels
 from model import Adapter, MMDiT, Prompt, merged
@@ -51,9 +52,8 @@ def base(model: MMDiT, prompt: Prompt) -> Velocity:
 
 
 def edit(model, adapter, x, prompt, eps, ts, frames=1, null=None, guidance=1.0) -> Tensor:
-    """The edit of the sources x (B, C, H, W), every `frames` of them a clip; the adapter may be
-    `merged`. Guidance, for which null (no words) is needed, takes twice the passes; 1 is none.
-    -> (B, C, H, W)"""
+    """The edit of the sources x (B, C, H, W), every `frames` of them a clip, as in training's
+    rollout; adapter also `merged`. Guidance (1: none) needs null, no words. -> (B, C, H, W)"""
     velocity = editor(model, adapter, prompt, x, frames)
     if guidance != 1:
         velocity = guided(velocity, editor(model, adapter, null, x, frames), guidance)
@@ -69,7 +69,7 @@ def generate(model, prompt, null, eps, ts, guidance: float) -> Tensor:
 
 # ---- the command --------------------------------------------------------------------------------
 @dataclass
-class Loaded:  # what an edit needs, read once
+class Loaded:  # what an edit needs
     model: MMDiT
     vae: VAE
     text: Text
@@ -77,29 +77,35 @@ class Loaded:  # what an edit needs, read once
     run: pathlib.Path
     config: dict  # of the run
     ts: Tensor  # the time grid
-    guidance: float
-    seed: int  # of the noise, the same for every edit: each comes out as it would alone
+    o: argparse.Namespace  # its seed is of the noise of every edit: each comes out as alone
     autocast: torch.autocast
 
-    def edit(self, pictures, instructions: list[str]) -> np.ndarray:
-        """pictures (h, w, 3) uint8, for each instruction one, or a clip -> (B, h, w, 3) uint8"""
-        frames = len(pictures) // len(instructions)
+    def edit(self, pictures, instruction: str) -> np.ndarray:
+        """A picture, or the frames of a clip, (h, w, 3) uint8 -> (F, h, w, 3) uint8"""
         device = self.model.proj_out.weight.device
         x = self.vae.encode(to_pixels(np.stack(pictures)).to(device))
-        generator = torch.Generator().manual_seed(self.seed)
-        eps = noise(len(instructions), frames, x.shape[1:], generator).to(device)
-        prompt = tuple(a.repeat_interleave(frames, 0) for a in self.text(instructions))
-        null = None
-        if self.guidance != 1:
-            null = tuple(a.expand(len(x), *a.shape[1:]) for a in self.text([""]))
+        frames = len(x)
+        rng = torch.Generator().manual_seed(self.o.seed)
+        eps = noise(1, frames, x.shape[1:], rng).to(device)
+        words = self.text([instruction, ""])
+        prompt, null = (tuple(a[i].expand(frames, *a.shape[1:]) for a in words) for i in (0, 1))
         with self.autocast:
-            y = edit(self.model, self.adapter, x, prompt, eps, self.ts, frames, null, self.guidance)
+            how = self.ts, frames, null, self.o.guidance
+            y = edit(self.model, self.adapter, x, prompt, eps, *how)
         return to_images(self.vae.decode(y))
 
     def size_of(self, picture: np.ndarray) -> tuple[int, int]:
-        """What a picture is edited at: its own aspect, the area of training."""
-        side = math.prod(self.config["size"]) ** 0.5
-        return working_size(*picture.shape[:2], self.model, self.vae, side)
+        return edit_size(picture, self.model, self.vae, self.o.size)
+
+    def edit_alone(self, picture: np.ndarray, instruction: str) -> np.ndarray:
+        """A picture (h, w, 3) of any size. -> its edit, of that very size where the base can"""
+        h, w = picture.shape[:2]
+        high, wide = self.size_of(picture)
+        unit = self.model.patch * self.vae.factor
+        if max(abs(high - h), abs(wide - w)) < unit:
+            return self.edit([pad(picture, unit)], instruction)[0][:h, :w]
+        note(f"{w}x{h} pixels edited at {wide}x{high}, about the base's own area (--size)")
+        return self.edit([crop(picture, (high, wide))], instruction)[0]
 
 
 def load(o: argparse.Namespace) -> Loaded:
@@ -111,21 +117,19 @@ def load(o: argparse.Namespace) -> Loaded:
         raise UserError(f"--input {o.input}: there is no such file or folder", 2)
     if o.input and not (o.instr or own):
         raise UserError(f'{run} takes many instructions: say which, --instr "make it winter"', 2)
-    model, vae, text, shift, autocast = open_base(o.base or config["base"])
+    model, vae, text, shift, autocast = machine.open_chosen(o.base or config["base"], o)
     if own and o.instr not in (None, own):
-        other = f'{run} was trained for "{own}" alone; "{o.instr}" may do nothing, or that'
-        print(f"note: {other}", file=sys.stderr)
+        note(f'{run} was trained for "{own}" alone; "{o.instr}" may do nothing, or that')
     if o.input and model.width < 512:
-        known = "the embedded base knows only its own world of little houses, and no photographs"
-        print(f"note: {known}", file=sys.stderr)
+        note("the embedded base knows only its own world of little houses, and no photographs")
     adapter = merged(model, load_adapter(run / "adapter.safetensors", model))
-    ts = time_grid(o.steps or edit_steps(model), shift)
-    return Loaded(model, vae, text, adapter, run, config, ts, o.guidance, o.seed, autocast)
+    ts = time_grid(o.steps or edit_steps(model), config.get("shift") or shift)
+    return Loaded(model, vae, text, adapter, run, config, ts, o, autocast)
 
 
 def draw_prompt(o: argparse.Namespace) -> str:
     """One picture of the base alone. -> what to print"""
-    model, vae, text, shift, autocast = open_base(o.base or "auto")
+    model, vae, text, shift, autocast = machine.open_chosen(o.base or "auto", o)
     generator = torch.Generator().manual_seed(o.seed)
     eps = torch.randn(1, model.channels, *[model.sample_size] * 2, generator=generator)
     eps, ts = eps.to(model.proj_out.weight.device), time_grid(o.steps or 28, shift)
@@ -139,12 +143,14 @@ def draw_prompt(o: argparse.Namespace) -> str:
 def edit_held(e: Loaded, o: argparse.Namespace, frames: int) -> str:
     """What the run held back: source, edit and, of the run's own edit, the edit undone."""
     rows = [row | {"path": e.run / row["path"]} for row in e.config["held"]]
-    clips, held = zip(*load_rows(rows, e.config["size"], frames))
-    columns = [np.concatenate([pictures[:frames] for pictures in clips])]
-    asked = [o.instr or row["instr"] for row in held]
-    columns.append(e.edit(columns[0], asked))
-    if not o.instr:  # how another edit is undone only its caption would say
-        columns.append(e.edit(columns[1], [row["undo"] for row in held]))
+    clips, asked = [], []
+    for pictures, row in load_rows(rows, e.config["size"], frames):
+        asked.append(o.instr or row["instr"])
+        states = [pictures[:frames], e.edit(pictures[:frames], asked[-1])]
+        if not o.instr:  # how another edit is undone only its caption would say
+            states.append(e.edit(states[-1], row["undo"]))
+        clips.append(states)
+    columns = [np.concatenate(states) for states in zip(*clips)]
     target = pathlib.Path(o.output or ("edited.webp" if frames > 1 else "edited.png"))
     write_sheets(target, columns, frames)
     shown = ("source", "edit", "edit undone")[: len(columns)]
@@ -160,12 +166,11 @@ def edit_files(e: Loaded, o: argparse.Namespace, frames: int) -> str:
     for path, where in todo:
         try:
             if clips:
-                edit_clip(path, where, frames, e.size_of, lambda window: e.edit(window, [instr]))
+                edit_clip(path, where, frames, e.size_of, lambda window: e.edit(window, instr))
             else:
-                picture = load_image(path)
                 if path != source:
                     where = free_name(where, written)
-                write_image(where, e.edit([crop(picture, e.size_of(picture))], [instr])[0])
+                write_image(where, e.edit_alone(load_image(path), instr))
             written.add(where)
         except UserError as error:
             if path == source:
@@ -188,10 +193,11 @@ def options() -> argparse.Namespace:
     p.add_argument("--steps", type=int, help="Euler steps (20; embedded base 8; --prompt 28)")
     p.add_argument("--guidance", type=float, help="1: none, half the passes (1; --prompt 4.5)")
     p.add_argument("--seed", type=int, default=0, help="of the noise (0)")
+    p.add_argument("--size", type=pixels, help="pixels, N or HxW: edit at this area (the input's)")
+    p.add_argument("--device", help="cpu, cuda, mps, xpu (the machine's accelerator)")
+    p.add_argument("--dtype", choices=machine.DTYPES, help="(as in train.py)")
     o = p.parse_args()
-    for k in ("steps", "frames"):
-        if getattr(o, k) is not None and getattr(o, k) < 1:
-            p.error(f"--{k} must be above 0, not {getattr(o, k)}")
+    need_positive(p, o, ["steps", "frames"])
     if o.guidance is None:
         o.guidance = 1.0 if o.prompt is None else 4.5
     if not 0 <= o.guidance < math.inf:
@@ -205,16 +211,10 @@ def main():
     if o.prompt is not None:
         return print(draw_prompt(o))
     e = load(o)
-    own = e.config["frames"]  # 1: an editor of pictures takes a clip frame by frame
-    frames = o.frames or own if own > 1 else 1
+    frames = e.config["frames"]  # 1: an editor of pictures takes a clip frame by frame
+    frames = o.frames or frames if frames > 1 else 1
     print(edit_files(e, o, frames) if o.input else edit_held(e, o, frames))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    guard("sample.py", main)

@@ -1,7 +1,7 @@
 """Trains an instruction editor from unpaired pictures (Bootstrap Your Generator, arXiv 2606.03911).
 
     python train.py --data tiny/examples --instr "make it winter"          # a laptop, in minutes
-    python train.py --data photos/ --instr "make it winter" --base bokeh   # CUDA: an SD3.5
+    python train.py --data photos/ --instr "make it winter" --base bokeh   # a GPU: an SD3.5
     python train.py --data tiny/examples --instr "make it winter" --resume # goes on
     torchrun --nproc_per_node 2 -- train.py --data ... --instr ...         # the same run, shared
 
@@ -9,7 +9,7 @@ Writes --out: adapter.safetensors (the averaged adapter), config.json, log.jsonl
 (the pictures on them), README.md (the card), index.html, and checkpoint.safetensors for --resume.
 
 Start at `main`: encode once, make what is trained, then the loop. The loss is `byg_loss` in
-losses.py; what is written, and the ranks of torchrun, are in files/run.py.
+losses.py; what is written is in files/run.py, torchrun's ranks in files/ranks.py.
 """
 
 import argparse
@@ -29,22 +29,21 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from data import check_captions, draw, encode, read_prompts
-from files import run
+from files import ranks, run
 from files.disk import UserError
 from files.folder import find
-from frozen.load import choose_base, choose_device, compile_blocks, edit_steps, load_base
+from files.options import need_positive, pixels, recall
+from frozen import machine, probe
+from frozen.load import edit_steps
 from losses import byg_loss, cosine_cue, delta_cue, identity_loss
 from model import Adapter, merged
 from routing import ROUTES, time_grid
 
 # delta-own: under the state's noise, for snowfall and the like; winter loses 19 points (measured)
 CUES = ("delta", "delta-own", "cosine")
-DTYPES = ("fp32", "bf16", "fp16")
-HELD = 6  # pictures kept out of training, for the sample sheets; an eighth of a small folder
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Recipe:
     ema: float = 0.98  # of the averaged adapter: over about 50 steps
     rank: int = 32  # of the LoRA; the base is 192 wide
     n: int = 8  # Euler steps of the rollout
+    shift: float = 0.0  # of the time grid; 0: the base's own
     cue: str = "delta"  # the paper's cosine loses the source on this base (measured)
     guidance: float = 3.0  # of the target in the cue; with 1, none, 10 points less (measured)
     prior: float = 4.0  # weights of Eq. 5; half or twice made no difference (measured)
@@ -72,7 +72,17 @@ class Recipe:
 
 
 RECIPES = {
-    "default": Recipe(),
+    "default": Recipe(),  # on a base wider than the embedded one "sd3.5"
+    "sd3.5": Recipe(  # untried on its base; on the embedded one: docs/method.md
+        steps=2_000,  # the paper sees edits from about 1,000 on
+        batch=8,  # the paper's; 10 GiB at 512 pixels
+        lr=3e-4,  # the paper's; its 1,536 inputs move an output together, so no faster
+        muon=False,  # its rate was found on the embedded base alone
+        warmup=100,
+        ema=0.99,  # over about 100 steps, a twentieth of the run
+        rank=64,  # the paper's
+        shift=1.5,  # SD3.5's 3 is for 1024 pixels; half the side, half of it (arXiv 2403.03206)
+    ),
     "paper": Recipe(  # arXiv 2606.03911; ema is not published, the re-implementations take 0.999
         steps=30_000,
         batch=8,
@@ -93,6 +103,7 @@ RECIPES = {
 }
 CLIPS = {  # what differs for clips
     "default": {"batch": 4, "identity_first": 10},
+    "sd3.5": {"batch": 1, "identity_first": 50},  # eight frames are eight pictures
     "paper": {"steps": 750, "lr": 1e-4, "identity_share": 0.1},
 }
 NUMBERS = (  # options that change a recipe
@@ -101,6 +112,7 @@ NUMBERS = (  # options that change a recipe
     ("lr", float, "learning rate"),
     ("rank", int, "of the LoRA"),
     ("n", int, "Euler steps of the rollout"),
+    ("shift", float, "of the time grid; 0: the base's"),
     ("guidance", float, "of the target in the delta cue; 1 is none"),
     ("prior", float, "weight of the teacher's cue"),
     ("cycle", float, "weight of the cycle"),
@@ -109,15 +121,6 @@ NUMBERS = (  # options that change a recipe
 
 
 # ---- options -----------------------------------------------------------------------------------
-def pixels(text: str) -> tuple[int, int]:
-    """ "512" or "512x768" -> (height, width)"""
-    h, _, w = text.partition("x")
-    size = int(h), int(w or h)
-    if min(size) < 16:
-        raise ValueError
-    return size
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     what = p.add_argument_group("what to learn")
@@ -129,11 +132,12 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--size", type=pixels, default=(512, 512), help="pixels, N or HxW (512)")
     what.add_argument("--frames", type=int, help="of a clip, edited together (8; pictures 1)")
 
-    method = p.add_argument_group("the method", "numbers: default recipe; paper's")
-    method.add_argument("--recipe", choices=RECIPES, default="default", help="which numbers")
+    method = p.add_argument_group("the method", f"numbers: of {', '.join(RECIPES)}")
+    which = "which numbers (default, that is sd3.5 on its like)"
+    method.add_argument("--recipe", choices=RECIPES, default="default", help=which)
     for name, kind, meaning in NUMBERS:
-        default, paper = (getattr(recipe, name) for recipe in RECIPES.values())
-        method.add_argument(f"--{name}", type=kind, help=f"{meaning} ({default:g}; {paper:g})")
+        of_each = ", ".join(f"{getattr(recipe, name):g}" for recipe in RECIPES.values())
+        method.add_argument(f"--{name}", type=kind, help=f"{meaning} ({of_each})")
     method.add_argument("--cue", choices=CUES, help="how the teacher is followed (delta; cosine)")
     method.add_argument("--routing", choices=ROUTES, help="what the cycle sees (ste)")
     states = "train on the editor's rollouts, not on noised sources (yes)"
@@ -146,44 +150,47 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--resume", action="store_true", help="go on with the run in --out")
     whole.add_argument("--every", type=int, default=100, help="steps between saves, sheets (100)")
     whole.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
-    whole.add_argument("--dtype", choices=DTYPES, help="(bf16 on a GPU that has it, else fp32)")
+    whole.add_argument("--device", help="cpu, cuda, mps, xpu (the machine's accelerator)")
+    halves = "(a GPU's bf16 or fp16; CPU and embedded base fp32)"
+    whole.add_argument("--dtype", choices=machine.DTYPES, help=halves)
     whole.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(on a GPU)")
+    whole.add_argument("--no-probe", action="store_true", help="do not ask if the base knows it")
     return p
 
 
-def options() -> tuple[argparse.Namespace, Recipe, list[pathlib.Path]]:
-    """-> options, the recipe with what they change, the files of --data"""
+def options() -> tuple[argparse.Namespace, list[pathlib.Path], bool]:
+    """-> options, the files of --data, whether they are clips"""
     p = parser()
     o = p.parse_args()
     out = pathlib.Path(o.out)
     if o.resume and (out / "checkpoint.safetensors").exists():  # its options, but for those given
-        begun = run.read_run(out)
-        begun |= {"out": o.out, "size": "x".join(map(str, begun["size"]))}
-        for name, value in begun.items():
-            if name in vars(o) and value is not None:
-                p.set_defaults(**{name: value if isinstance(value, bool) else str(value)})
+        recall(p, o)
         o = p.parse_args()
+    need_positive(p, o, ["steps", "batch", "lr", "rank", "n", "every", "frames"])
     paths, clips = find(o.data, o.frames, [out / "held", out / "samples"])
-    o.base = choose_base(o.base)
+    if o.frames is None:
+        o.frames = 8 if clips else 1
+    if (o.frames > 1) != clips:
+        kind = "clips" if clips else "pictures, no clips"
+        p.error(f"--frames {o.frames}, but {o.data} holds {kind}")
+    return o, paths, clips
+
+
+def choose_recipe(o: argparse.Namespace, wide: bool, clips: bool) -> Recipe:
+    """The recipe that suits the base, with what the options change; o.recipe becomes its name."""
+    if o.recipe == "default" and wide:
+        o.recipe = "sd3.5"
     recipe = RECIPES[o.recipe]
     if clips:
         recipe = replace(recipe, **CLIPS[o.recipe])
-    if o.frames is None:
-        o.frames = 8 if clips else 1
     given = {k: v for k, v in vars(o).items() if hasattr(recipe, k) and v is not None}
     recipe = replace(recipe, **given)
     if not recipe.bootstrap:  # nothing is rolled out, so there is no end to route
         recipe = replace(recipe, routing="onestep")
-    numbers = vars(o) | asdict(recipe)
-    for name in ("steps", "batch", "lr", "rank", "n", "every", "frames"):
-        if not 0 < numbers[name] < math.inf:
-            p.error(f"--{name} must be above 0, not {numbers[name]}")
-    if (o.frames > 1) != clips:
-        kind = "clips" if clips else "pictures, no clips"
-        p.error(f"--frames {o.frames}, but {o.data} holds {kind}")
-    if recipe.batch % run.RANKS:
-        p.error(f"--batch {recipe.batch} cannot be shared evenly by {run.RANKS} ranks")
-    return o, recipe, paths
+    if recipe.batch % ranks.RANKS:
+        shared = f"--batch {recipe.batch} cannot be shared evenly by {ranks.RANKS} ranks"
+        raise UserError(shared, 2)
+    return recipe
 
 
 # ---- what is trained, and how ------------------------------------------------------------------
@@ -221,13 +228,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
-def split_rows(n: int) -> tuple[Tensor, Tensor]:
-    """-> the rows for the sample sheets, and those to train on; the same for any seed"""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    few = min(HELD, max(1, n // 8))
-    return order[:few], order[few:] if n > few else order
-
-
 def set_rate(opt: torch.optim.Optimizer, step: int, recipe: Recipe) -> float:
     """Warm-up times a cosine to zero. -> the rate"""
     cosine = 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
@@ -245,21 +245,23 @@ def update_average(average: Adapter, adapter: Adapter, decay: float, step: int) 
 
 # ---- the run -----------------------------------------------------------------------------------
 def main():
-    with run.quiet():
-        o, recipe, paths = options()
+    with ranks.quiet():
+        o, paths, clips = options()
         out = pathlib.Path(o.out)
-        rows = read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo)
+        device = machine.choose_device(o.device, o.base)
+        o.base = machine.choose_base(o.base, device)
+        of_photos = not machine.is_embedded(o.base)
+        rows = read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo, of_photos)
         run.claim(out, o.resume)
-        device, half = choose_device(o.dtype)  # half: None, or the dtype of autocast
-        on_gpu = device.type == "cuda"
-        model, vae, text, shift = load_base(o.base, device, half if on_gpu else None)
+        model, vae, text, shift, half = machine.open_base(o.base, device, o.dtype)
+        wide = model.width > machine.WIDE
+        recipe = choose_recipe(o, wide, clips)
         size = run.training_size(o.size, model, vae, out if o.resume else None)
+        check_captions(rows, text)
         data = encode(rows, size, o.frames, vae, text, device)
-        check_captions(data)
-    if run.RANKS > 1:
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    ranks.meet(device)
     del text, vae.encoder  # everything is encoded
-    held_rows, train_rows = split_rows(len(data.rows))
+    held_rows, train_rows = run.split_rows(len(data.rows))
 
     # What is trained: the adapter, in float32; its moving average is the bootstrap and the result.
     torch.manual_seed(o.seed)
@@ -268,36 +270,41 @@ def main():
     average = {name: v.detach().clone() for name, v in adapter.items()}
     kind = Muon if recipe.muon else torch.optim.AdamW
     opt = kind(params, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    scaler = torch.amp.GradScaler(enabled=half == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, 2.0**10, enabled=half == torch.float16)
     rng = torch.Generator().manual_seed(o.seed)  # of everything that is drawn in the loop
     first = run.restore(out, adapter, average, opt, rng) if o.resume else 0
 
+    shift = recipe.shift or shift
     ts = time_grid(recipe.n, shift).to(device)
     cue = cosine_cue
     if recipe.cue != "cosine":
         cue = partial(delta_cue, guidance=recipe.guidance)
-    autocast = torch.autocast(device.type, half, enabled=half is not None)
-    large = on_gpu and model.width > 512
-    model.checkpointing = large  # memory before speed
-    if o.compile or o.compile is None and large:
-        compile_blocks(model, device)
+    autocast = machine.autocast(device, half)
+    model.checkpointing = wide  # memory before speed
+    config = vars(o) | asdict(recipe) | {"size": size, "shift": shift}
+    if first == 0 and not o.no_probe:  # before any training: does the base know this edit?
+        with autocast:
+            config["probe"] = probe.say(model, adapter, data, train_rows, recipe, o.frames)
+    if o.compile or o.compile is None and wide and device.type in ("cuda", "xpu"):
+        machine.compile_blocks(model, device)
 
     # What a run's folder begins with; rank 0 alone writes.
-    run.begin(out, vars(o) | asdict(recipe) | {"size": size}, data, held_rows)
+    run.begin(out, config, data, held_rows)
     grid = time_grid(edit_steps(model), shift)
-    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, o.frames, grid)
+    few = recipe.batch // ranks.RANKS  # at a time
+    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, o.frames, few, grid)
+    save_every = o.every * (5 if wide else 1)  # of a wide base it is 2 GB
     if first == 0:
         with autocast:
             write_sheet(0)
-    stop = run.catch_signals()
+    stop = ranks.catch_signals()
     log = run.open_log(out, first)
-    mine = slice(run.RANK, None, run.RANKS)  # of a batch
-    begun, bad = time.time(), 0
-    for step in (bar := run.progress(first, recipe.steps)):
+    mine = slice(ranks.RANK, None, ranks.RANKS)  # of a batch
+    begun, bad, seen = time.time(), 0, {}
+    for step in (bar := ranks.progress(first, recipe.steps)):
         rate = set_rate(opt, step, recipe)
         batch = draw(data, train_rows, recipe, o.frames, rng, mine, device)
-        with_identity = torch.rand((), generator=rng).item() < recipe.identity_share
-        figures = {}
+        figures, with_identity = {}, torch.rand((), generator=rng).item() < recipe.identity_share
         if with_identity or step <= recipe.identity_first:  # a graph, hence a backward, of its own
             with autocast:
                 loss = identity_loss(model, merged(model, adapter), batch, ts)
@@ -311,26 +318,28 @@ def main():
             scaler.scale(loss).backward()
             figures |= parts
 
-        run.share([p.grad for p in params])
+        ranks.share([p.grad for p in params])
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, 1.0).item()
         bad = 0 if math.isfinite(norm) else bad + 1
         if bad:
-            run.say(f"warning: step {step} skipped: the gradient is not finite")
+            ranks.say(f"warning: step {step} skipped: the gradient is not finite")
         else:
             scaler.step(opt)
             update_average(average, adapter, recipe.ema, step)
         scaler.update()
         opt.zero_grad()
 
-        figures, halt = run.agree(figures, stop, device)
-        bar.set_postfix({name: f"{v:.3f}" for name, v in figures.items()}, refresh=False)
-        due = step % o.every == 0 or step == recipe.steps
-        if due:
+        figures, halt = ranks.agree(figures, stop, device)
+        last = step == recipe.steps
+        if step % o.every == 0 or last:
             with autocast:
-                figures["change"] = write_sheet(step)
+                seen = write_sheet(step, warns=step > recipe.steps // 2)
+            figures |= seen
+        ranks.show(bar, seen | figures)
         line = {"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)}
         log.write(json.dumps(line | figures) + "\n")
+        due = step % save_every == 0 or last
         if due or halt or bad == 5:  # after its line, so that none is left out of a saved run
             run.save(out, adapter, average, opt, rng, step, o.base)
         if bad == 5:
@@ -339,21 +348,11 @@ def main():
                 "Try a lower --lr, or --dtype fp32"
             )
         if halt:
-            run.say(f"stopped at step {step}; everything is saved, go on with --resume")
+            ranks.say(f"stopped at step {step}; everything is saved, go on with --resume")
             sys.exit(128 + (stop or [signal.SIGINT])[0])
-    if run.RANK == 0:
+    if ranks.RANK == 0:
         print(f"done: {out}/adapter.safetensors; edit with: python sample.py --run {out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        if not run.LOCAL:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(error.code)
-    except KeyboardInterrupt:  # while pictures are read; in the loop the step is ended and saved
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    ranks.guard("train.py", main)

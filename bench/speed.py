@@ -51,7 +51,8 @@ import sample  # noqa: E402
 from data import Encoded, draw  # noqa: E402
 from files.disk import write  # noqa: E402
 from files.run import origin  # noqa: E402
-from frozen.load import compile_blocks, load_base, load_part  # noqa: E402
+from frozen.load import load_base, load_part  # noqa: E402
+from frozen.machine import compile_blocks  # noqa: E402
 from frozen.vae import to_images  # noqa: E402
 from model import MMDiT, merged, new_adapter  # noqa: E402
 from routing import integrate, time_grid  # noqa: E402

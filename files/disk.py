@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -28,6 +29,10 @@ class UserError(Exception):
 def why(error: Exception) -> str:
     """The first line of an exception's message, to end a sentence with."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def read_json(path: pathlib.Path) -> dict:

@@ -10,9 +10,14 @@ import numpy as np
 
 from files.clips import VIDEOS, animated, read_frames
 from files.disk import UserError
-from files.pictures import SUFFIXES, crop, load_image
+from files.pictures import HEIC, SUFFIXES, crop, load_image, reads_heic
 
 LONGEST = 128  # frames of a clip that training takes, its first
+NO_CAPTION = (
+    "no picture in {} has a caption: write one for each, in metadata.jsonl "
+    '({{"file_name": "a.jpg", "text": "a farm in autumn"}}) or in a.txt beside a.jpg, or give one '
+    'for all, --src "a photograph of a farm"'
+)
 
 
 def find(folder, frames: int | None = None, without: Iterable = ()) -> tuple[list, bool]:
@@ -20,8 +25,9 @@ def find(folder, frames: int | None = None, without: Iterable = ()) -> tuple[lis
     relative to it. -> paths, whether they are clips
 
     Clips are videos, animated pictures and, where frames > 1 says that clips are wanted, folders of
-    numbered pictures. With frames = 1 all are pictures. Raises UserError where there are none, or
-    both."""
+    numbered pictures. With frames = 1 no picture is one. Of a folder of both the pictures are taken
+    or, where clips are wanted, the clips; the others are left out with a warning. Raises UserError
+    where there are none."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; --data wants a folder of images or clips", 2)
@@ -39,15 +45,40 @@ def find(folder, frames: int | None = None, without: Iterable = ()) -> tuple[lis
         numbered = {p for p in paths - clips if p.stem.isdigit() and p.parent.name}
         folders = {p.parent for p in numbered}
         paths, clips = paths - numbered | folders, clips | folders
+    closed = {p for p in paths if p.suffix.lower() in HEIC and not reads_heic()}
+    leave_out(closed, "HEIC pictures", "`pip install pillow-heif` reads them")
+    paths -= closed
+    pictures = paths - clips
     if not paths:
         kinds = f"({', '.join(sorted(SUFFIXES))}) and no clips ({', '.join(sorted(VIDEOS))})"
-        raise UserError(f"{folder} holds no images {kinds}")
-    if clips and clips != paths:
-        raise UserError(
-            f"{folder} mixes clips ({min(clips)}) and pictures ({min(paths - clips)}); keep them "
-            "in folders of their own, or give --frames 1 to take animated pictures for still ones"
+        raise UserError(f"{folder} holds no images that can be read {kinds}")
+    if clips and frames is not None and frames > 1:
+        leave_out(pictures, "pictures", "the clips beside them are taken")
+        return sorted(clips), True
+    if pictures:
+        leave_out(clips, "clips", "the pictures beside them are taken; --frames 8 takes the clips")
+        return sorted(pictures), False
+    return sorted(clips), True
+
+
+def leave_out(paths: set, kind: str, instead: str) -> None:
+    """Warns of files that are not used."""
+    if paths:
+        print(
+            f"warning: {kind} left out: {len(paths)} ({min(paths)}); {instead}",
+            file=sys.stderr,
         )
-    return sorted(paths), bool(clips)
+
+
+def check_names(folder: pathlib.Path, names: set, paths: list) -> None:
+    """Raises UserError where a .jsonl file names what is neither used nor left out."""
+    for name in sorted(names - {p.as_posix() for p in paths}):
+        path = folder / name
+        if path.suffix.lower() not in SUFFIXES | VIDEOS.keys() or not path.is_file():
+            raise UserError(
+                f"{folder}: a .jsonl file names '{one_line(name)}', which is no image of this "
+                "folder; correct or remove the line"
+            )
 
 
 def read_jsonl(path: pathlib.Path, fields: Iterable[str]) -> dict[str, dict]:
@@ -77,15 +108,27 @@ def caption_of(path: pathlib.Path, line: dict | None) -> str | None:
     return note.read_text("utf-8-sig", "replace").strip() if note.exists() else None
 
 
-def report(folder, rows: list[dict], files: int, captioned: int, tuples: int) -> None:
-    """Says on stderr what was found, and what was derived for the first three rows."""
+def one_line(text: str, width: int = 90) -> str:
+    """A text of the user's, to print it."""
+    text = " ".join(text[: 9 * width].split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def report(folder, rows: list[dict], files: int, captioned: int, tuples: int, src) -> None:
+    """Says on stderr what was found, and what was derived for the first three rows. src: the one
+    caption of all, or None"""
     text = f"{files} images in {folder}, {captioned} captioned, {tuples} with full prompts"
     if len(rows) < files:
         text += f"; {files - len(rows)} left out: their caption already says what is asked for"
     print(text, file=sys.stderr)
     for row in {(r["src"], r["instr"]): r for r in rows[:3]}.values():
         for kind in ("src", "instr", "tgt", "undo"):
-            print(f"  {kind:5} {row[kind]}", file=sys.stderr)
+            print(f"  {kind:5} {one_line(row[kind])}", file=sys.stderr)
+    if src:
+        task = "one caption for all: take out yourself what already is as it is asked for"
+        print(f"note: {task}", file=sys.stderr)
+    elif bare := files - captioned - tuples:
+        print(f'warning: {bare} without a caption count as "a picture"', file=sys.stderr)
 
 
 def load_rows(rows: list, size: tuple, frames: int = 1) -> Iterator[tuple[np.ndarray, dict]]:

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from files.disk import UserError, replacing
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+HEIC = {".heic", ".heif"}  # what iPhones write; Pillow reads it by pillow-heif
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"} | HEIC
 
 # what Pillow raises on a damaged file
 BROKEN = (
@@ -66,6 +67,12 @@ def crop(
     return np.asarray(img)
 
 
+def pad(picture: np.ndarray, unit: int) -> np.ndarray:
+    """A picture (h, w, 3) made up to multiples of `unit`, below and on the right, by its border."""
+    h, w = picture.shape[:2]
+    return np.pad(picture, ((0, -h % unit), (0, -w % unit), (0, 0)), "edge")
+
+
 def white(values: np.ndarray) -> int:
     """The value that is white in greyscale of 16 bit (65535), of 8 bit (255) or in [0, 1]."""
     if values.max() > 255:
@@ -101,11 +108,23 @@ def upright(img: Image.Image) -> Image.Image:
     return np.asarray(img.convert("RGB"))
 
 
+def reads_heic() -> bool:
+    """Whether pillow-heif is installed, which then lets Pillow read HEIC."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
 def load_image(path: pathlib.Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """One picture; with size (h, w) the largest centred `crop`. -> (h, w, 3) uint8
 
     Raises UserError where it cannot be read.
     """
+    if path.suffix.lower() in HEIC and not reads_heic():
+        raise UserError(f"{path}: HEIC needs pillow-heif: pip install pillow-heif, or convert it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

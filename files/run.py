@@ -1,6 +1,5 @@
 """A run's folder: its lock, configuration, log, adapter, checkpoint, card and page."""
 
-import contextlib
 import hashlib
 import json
 import math
@@ -9,14 +8,12 @@ import pathlib
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from files.clips import write_sheets
 from files.disk import (
@@ -30,19 +27,27 @@ from files.disk import (
     write_tensors,
 )
 from files.pictures import write_image
-from frozen.load import working_size
+from files.ranks import RANK, say
+from frozen.load import NAMED, working_size
+from frozen.probe import judge, warnings_of
 from frozen.vae import to_images
 from model import Adapter, MMDiT, merged, new_adapter
 from routing import editor, integrate, noise
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
-LOCAL = int(os.environ.get("LOCAL_RANK", RANK))  # rank in this machine; its first speaks for all
 LOCKS = []  # of the runs that this process writes, held until it ends
 PARTS = {"Muon": {"exp_avg"}, "AdamW": {"step", "exp_avg", "exp_avg_sq"}}  # of their state
+HELD = 6  # pictures kept out of training, for the sample sheets; an eighth of a small folder
 NOTE = "nanoByG adapter: LoRA (alpha = rank) and source_proj, without which it does not edit"
 
 
 # ---- beginning a run ----------------------------------------------------------------------------
+def split_rows(n: int) -> tuple[Tensor, Tensor]:
+    """-> the rows for the sample sheets, and those to train on; the same for any seed"""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    few = min(HELD, max(1, n // 8))
+    return order[:few], order[few:] if n > few else order
+
+
 def claim(out: pathlib.Path, resume: bool) -> None:
     """Makes the folder of a run and locks it; the lock ends with the process, however it ends.
     Raises UserError where another process trains there, or a run is there or not against `resume`.
@@ -85,10 +90,12 @@ def begin(out: pathlib.Path, config: dict, data, held: Tensor) -> None:
                 shutil.copyfile(file, tmp)  # piecewise: a film may be larger than the memory
         shown.append(row | {"path": f"held/{n}/{path.name}"})
     made = origin() | {"fingerprint": fingerprint(data.latents, data.rows)}
-    before = (out / "config.json").read_text("utf-8") if config["resume"] else made["fingerprint"]
-    if made["fingerprint"] not in before:
-        other = f"these are not the pictures and prompts that the run in {out} was begun with"
-        print(f"warning: {other}", file=sys.stderr)
+    if config["resume"]:
+        before = read_run(out)
+        config = config | {"probe": before.get("probe")}
+        if made["fingerprint"] not in json.dumps(before):
+            other = f"these are not the pictures and prompts that the run in {out} was begun with"
+            print(f"warning: {other}", file=sys.stderr)
     write(out / "config.json", config | {"held": shown, "made": made})
     write(out / "README.md", card(config, made))
 
@@ -149,8 +156,12 @@ def card(config: dict, made: dict[str, str]) -> str:
     title, words = "An editor for many instructions", ' --instr "make it winter"'
     if config["instr"]:
         title, words = f'An editor for "{config["instr"]}"', ""
+    base = NAMED.get(config["base"], config["base"])
+    on_hub = base.count("/") == 1 and not pathlib.Path(base).exists()
+    of_base = f"base_model: {base}\nbase_model_relation: adapter\n" if on_hub else ""
     return f"""---
-base_model: {config["base"]}
+{of_base}{licence_of(base)}pipeline_tag: image-to-image
+library_name: nanobyg
 tags: [image-to-image, lora, bootstrap-your-generator, unpaired]
 ---
 # {title}
@@ -159,13 +170,26 @@ Trained without pairs by nanoByG: `{made["command"]}`
 
 Use: `python sample.py --run {config["out"]} --input picture.png --output edited.png{words}`. The
 adapter holds the source's projection besides its LoRA; other tools may load the LoRA, but cannot
-edit with it.
+edit with it. `samples/` and `held/` show pictures that were kept out of training: publish them only
+if you may.
 
 Made with seed {config["seed"]}, nanoByG {made["commit"]}, torch {made["torch"]}, Python
 {made["python"]}, {made["machine"]}; data {made["fingerprint"]}.
 
 ![source, edit, edit undone](samples/latest.png)
 """
+
+
+def licence_of(base: str) -> str:
+    """The card's lines on the licence, which the base's passes on to its adapters; none where it is
+    not known."""
+    if base == NAMED["tiny"]:
+        return "license: mit\n"
+    if base.startswith(("stabilityai/", "tensorart/")):
+        link = "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium/blob/main/LICENSE.md"
+        name = "license: other\nlicense_name: stabilityai-ai-community\n"
+        return f"{name}license_link: {link}\n"
+    return ""
 
 
 # ---- keeping it ---------------------------------------------------------------------------------
@@ -229,34 +253,53 @@ def fit(v: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sheet(out, model, vae, average, data, held, frames: int, ts, step: int) -> float:
-    """Writes the sample sheet: the held-back sources, their edits, and the edits undone; warns of
-    edits that are copies or unrelated pictures. -> how much was changed: 0 for the former, 2 for
-    the latter"""
+def sheet(
+    out, model, vae, average, data, held, frames: int, few: int, ts, step: int, warns=False
+) -> dict[str, float]:
+    """Writes the sample sheet: the held-back sources, their edits, and the edits undone; `few`
+    pictures or clips at a time, as many as fit into a step. -> undone: PSNR of the edit undone to
+    the source, dB; likelier: share of the edits that the base finds likelier under the target
+    caption; surprise: see `judge`"""
     if RANK:
-        return 0.0
+        return {}
     device = model.proj_out.weight.device
-    x = torch.cat([data.latents[i][:frames] for i in held]).to(device)
-    eps = noise(len(held), frames, x.shape[1:], torch.Generator().manual_seed(1)).to(device)
-    rows = held.repeat_interleave(frames)
+    shape = data.latents[0].shape[1:]
+    noises = noise(len(held), frames, shape, torch.Generator().manual_seed(1))
     adapter = merged(model, average)
-    states = [x]
-    for kind in ("instr", "undo"):
-        velocity = editor(model, adapter, data.prompt(kind, rows, device), states[-1], frames)
-        *_, y = integrate(velocity, eps, ts)
-        states.append(y)
-    columns = [to_images(vae.decode(state)) for state in states]
+    columns, margins, surprises = [[], [], []], [], []
+    for some, eps in zip(held.split(few), noises.split(few * frames)):
+        x, eps = torch.cat([data.latents[i][:frames] for i in some]).to(device), eps.to(device)
+        rows = some.repeat_interleave(frames)
+        states = [x]
+        for kind in ("instr", "undo"):
+            velocity = editor(model, adapter, data.prompt(kind, rows, device), states[-1], frames)
+            *_, y = integrate(velocity, eps, ts)
+            states.append(y)
+        src, tgt = (data.prompt(kind, rows, device) for kind in ("src", "tgt"))
+        margin, surprise = judge(model, x, states[1], src, tgt)
+        margins.append(margin)
+        surprises.append(surprise)
+        for column, state in zip(columns, states):
+            column.append(to_images(vae.decode(state)))
+    columns = [np.concatenate(column) for column in columns]
     latest = out / "samples" / f"latest.{'webp' if frames > 1 else 'png'}"
     picture = write_sheets(latest, columns, frames)
     for name in {"latest.png", f"{step:06d}.png"}:  # the card shows a still
         write_image(out / "samples" / name, picture)
-    change = ((states[1] - x) ** 2).mean().item() / x.var().item()
-    if step and change < 0.02:
-        say(f"warning: step {step}: the edit is nearly the source ({change:.3f}); raise --prior")
-    if step and change > 1.5:
-        lost = f"the edit has lost the source ({change:.3f})"
-        say(f"warning: step {step}: {lost}; raise --cycle or --identity")
-    return change
+    figures = {
+        "undone": psnr(columns[0], columns[2]),
+        "likelier": (torch.cat(margins) > 0).float().mean().item(),
+        "surprise": torch.cat(surprises).mean().item(),
+    }
+    for text in warnings_of(figures) if warns else ():
+        say(f"warning: step {step}: {text}")
+    return figures
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Of pictures (B, h, w, 3) uint8: the mean over them, in dB; 99 where they are the same."""
+    error = np.square(a.astype(np.float32) - b).mean((1, 2, 3))  # (B,)
+    return float(np.minimum(99, 10 * np.log10(255**2 / np.maximum(error, 1e-9))).mean())
 
 
 def page(out: pathlib.Path) -> None:
@@ -301,6 +344,7 @@ def read_run(folder: pathlib.Path) -> dict:
     good = isinstance(config.get("base"), str)
     good &= isinstance(config.get("instr"), str | None)
     good &= isinstance(frames, int) and 0 < frames < 1000
+    good &= isinstance(config.get("shift", 1.0), float)
     good &= isinstance(size, list) and len(size) == 2
     good = good and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
     good = good and isinstance(held, list) and len(held) > 0
@@ -344,57 +388,3 @@ def load_adapter(path: pathlib.Path, model: MMDiT) -> Adapter:
                 "or by an older nanoByG"
             )
     return {name: tensors[key].to(like[name]) for key, name in names.items()}
-
-
-# ---- ranks, signals, and the voice of the run ---------------------------------------------------
-def share(tensors: list[Tensor]) -> None:
-    """Replaces each tensor by its mean over the ranks of torchrun: that of the whole batch."""
-    if RANKS == 1:
-        return
-    flat = torch.cat([t.flatten() for t in tensors])
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as error:
-        gone = f"another rank of this run has ended ({why(error)})"
-        raise UserError(f"{gone}; go on from the last save with --resume")
-    for t, mean in zip(tensors, (flat / RANKS).split([t.numel() for t in tensors])):
-        t.copy_(mean.view_as(t))
-
-
-def say(text: str) -> None:
-    if RANK == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def progress(first: int, last: int) -> tqdm:
-    """The steps after `first` up to `last`, with a bar on stderr."""
-    steps = range(first + 1, last + 1)
-    return tqdm(steps, initial=first, total=last, file=sys.stderr, unit="step", disable=RANK > 0)
-
-
-def quiet():
-    """Only a machine's first rank speaks while the run is prepared."""
-    return contextlib.redirect_stderr(open(os.devnull, "w")) if LOCAL else contextlib.nullcontext()
-
-
-def agree(figures: dict[str, Tensor], stop: list, device) -> tuple[dict[str, float], bool]:
-    """-> the figures of the whole batch, and whether any rank was told to stop"""
-    told = torch.tensor(float(len(stop)), device=device)
-    values = torch.stack([*figures.values(), told])
-    share([values])
-    *means, told = values.tolist()
-    return dict(zip(figures, means)), told > 0
-
-
-def catch_signals() -> list[int]:
-    """Ctrl-C and SIGTERM let the step be finished and saved; a second one ends at once.
-    -> a list that they will be added to"""
-    caught = []
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return caught

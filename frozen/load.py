@@ -3,10 +3,8 @@
 A base is a folder in diffusers' layout of the SD3 family: model_index.json and a folder per part.
 """
 
-import os
 import pathlib
 import re
-import sys
 
 import torch
 
@@ -33,18 +31,6 @@ VARIANT = re.compile(r"\.(fp16|bf16|fp32)\b")
 # attention in older VAE files
 NEW_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAMES = re.compile(rf"(attentions\.\d+\.)({'|'.join(NEW_NAMES)})(?=\.)")
-
-
-def choose_base(base: str) -> str:
-    """'auto' -> the base for this machine, said in one line; any other name stays what it is."""
-    if base == "auto":
-        base = "sd3.5-medium" if torch.cuda.is_available() else "tiny"
-        choice = " | ".join(NAMED)
-        print(
-            f"base: {base} (chosen for this machine; --base {choice} | folder | Hub id)",
-            file=sys.stderr,
-        )
-    return base
 
 
 def find_base(base: str) -> pathlib.Path:
@@ -298,27 +284,7 @@ def is_file_name(name):
     return isinstance(name, str) and pathlib.PurePath(name).name == name
 
 
-# ---- what suits the machine and the base --------------------------------------------------------
-def choose_device(dtype: str | None = None) -> tuple[torch.device, torch.dtype | None]:
-    """dtype: fp32, bf16, fp16, or None for this machine's. -> the device, and the half precision of
-    its autocast, None where all is in float32"""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if dtype:
-        return device, {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, torch.bfloat16 if has_bf16 else None
-
-
-def open_base(base: str) -> tuple[MMDiT, VAE, Text, float, torch.autocast]:
-    """`load_base` on this machine's device. -> and the autocast to use it under"""
-    device, half = choose_device()
-    autocast = torch.autocast(device.type, half, enabled=half is not None)
-    return *load_base(choose_base(base), device, half), autocast
-
-
+# ---- what suits the base -------------------------------------------------------------------------
 def working_size(h: int, w: int, model: MMDiT, vae: VAE, limit: float) -> tuple[int, int]:
     """The size an h x w picture is edited at: its aspect, about limit x limit pixels, whole patches
     of the base."""
@@ -331,20 +297,16 @@ def working_size(h: int, w: int, model: MMDiT, vae: VAE, limit: float) -> tuple[
     return tuple(size)
 
 
+def edit_size(picture, model: MMDiT, vae: VAE, size: tuple | None = None) -> tuple[int, int]:
+    """The size a picture (h, w, 3) is edited at, in whole patches: of its own aspect and the area
+    of `size`, or its own size, where that is no larger than the base's own pictures."""
+    h, w = picture.shape[:2]
+    if size:
+        return working_size(h, w, model, vae, (size[0] * size[1]) ** 0.5)
+    return working_size(h, w, model, vae, min((h * w) ** 0.5, vae.factor * model.sample_size))
+
+
 def edit_steps(model: MMDiT) -> int:
     """The Euler steps of an edit: the paper's 20; on the embedded base 8, as many as the rollouts
     in training have, which are as good there."""
     return 8 if model.width < 512 else 20
-
-
-def compile_blocks(model: MMDiT, device: torch.device) -> None:
-    """torch.compile, block by block; where it does not work, a warning."""
-    # A block's kinds, times: adapter or none, with and without gradient.
-    torch._dynamo.config.recompile_limit = 64
-    try:
-        torch.compile(torch.sin)(torch.ones(1, device=device))  # needs Triton, or a C compiler
-        for block in model.transformer_blocks:
-            block.compile()
-    except Exception as error:
-        text = f"torch.compile does not work here ({why(error)}); training goes on without"
-        print(f"warning: {text}", file=sys.stderr)

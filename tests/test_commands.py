@@ -162,7 +162,7 @@ def test_a_sheets_edit_is_the_edit_of_sample(few, tmp_path, monkeypatch):
     data = encode(rows, (64, 64), 1, vae, text, "cpu")
     adapter = {name: v + 0.02 * torch.randn_like(v) for name, v in new_adapter(model, 4).items()}
     held, ts = torch.tensor([2, 0]), time_grid(3, shift)
-    run.sheet(tmp_path, model, vae, adapter, data, held, 1, ts, step=0)
+    run.sheet(tmp_path, model, vae, adapter, data, held, 1, 1, ts, step=0)  # one at a time
     x = torch.cat([data.latents[2], data.latents[0]])
     eps = noise(2, 1, x.shape[1:], torch.Generator().manual_seed(1))
     y = edit(model, adapter, x, text([rows[i]["instr"] for i in (2, 0)]), eps, ts)
@@ -305,7 +305,7 @@ REFUSED = [
     (TRAIN + "--frames 4", 2, "tiny/examples holds pictures, no clips"),
     (TRAIN + "--size wide", 2, "--size: invalid pixels value: 'wide'"),
     (TRAIN + "--size 8", 2, "--size: invalid pixels value: '8'"),
-    (TRAIN + "--data {bad}/mixed --out {bad}/q --src {long}", 1, "3 of 3 target captions"),
+    (TRAIN + "--data {bad}/mixed --out {bad}/q --src {long}", 1, "4 of 4 target captions"),
     ("sample.py --run {bad}/nothing", 2, "no trained adapter"),
     (SAMPLE + "--steps 0", 2, "--steps must be above 0"),
     (SAMPLE + "--guidance nan", 2, "--guidance must be 0 or more"),
@@ -326,9 +326,10 @@ def test_bad_input_gets_one_sentence_and_the_right_code(line, code, words, train
     assert said.strip().splitlines()[-1].startswith(args[0])
 
 
-def test_a_batch_that_the_ranks_cannot_share_evenly_is_refused():
+def test_a_batch_that_the_ranks_cannot_share_evenly_is_refused(tmp_path):
     ranks = {"RANK": "0", "WORLD_SIZE": "2"}
     command = ["train.py", "--data", "tiny/examples", *WINTER, "--base", "tiny", "--batch", 7]
+    command += ["--out", tmp_path / "out"]
     done = call(*command, env=os.environ | ranks)
     assert done.returncode == 2 and "cannot be shared evenly by 2 ranks" in done.stderr
     assert "Traceback" not in done.stderr

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import scenes
+from data import read_prompts
 from files.clips import read_frames, windows, write_clip
 from files.disk import UserError
 from files.folder import find
@@ -247,22 +248,36 @@ def test_the_clip_editor_edits_folders_of_frames_and_of_clips(trained, clips, tm
     assert {path.name for path in (tmp_path / "e").iterdir()} == {"000.webp", "000.sheet.png"}
 
 
-def test_what_is_wrong_with_clips_is_said(clips, tmp_path, monkeypatch, refusal):
+def test_of_pictures_and_clips_together_the_others_are_left_out_and_counted(tmp_path, capsys):
+    """The pictures are taken or, where --frames asks for clips, the clips; a caption of what is
+    left out is no fault."""
     Image.new("RGB", (9, 9)).save(tmp_path / "still.png")
     moves = [(np.full((9, 9, 3), 80 * i, np.uint8), i) for i in range(3)]
     write_clip(tmp_path / "moves.gif", moves)
+    (tmp_path / "film.mp4").write_bytes(b"")
+    line = {"file_name": "moves.gif", "text": "a house in summer"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    for frames, taken, clips, words in (
+        (None, ["still.png"], False, "clips left out: 2 (film.mp4); the pictures"),
+        (1, ["moves.gif", "still.png"], False, "clips left out: 1 (film.mp4); the pictures"),
+        (2, ["film.mp4", "moves.gif"], True, "pictures left out: 1 (still.png); the clips"),
+    ):
+        paths, found = find(tmp_path, frames)
+        assert ([p.name for p in paths], found) == (taken, clips)
+        assert words in capsys.readouterr().err
+    rows = read_prompts(tmp_path, find(tmp_path)[0], "make it winter")
+    assert [row["path"].name for row in rows] == ["still.png"]
+
+
+def test_what_is_wrong_with_clips_is_said(clips, tmp_path, monkeypatch, refusal):
     command = ["train.py", "--base", "tiny", *WINTER, "--out", tmp_path / "no"]
-    mixed = "mixes clips (moves.gif) and pictures (still.png)"
     for data, frames, ends, words in (
-        (tmp_path, (), 1, mixed),
         ("tiny/examples", ("--frames", 4), 2, "holds pictures, no clips"),
-        (clips, ("--frames", 1), 1, "mixes clips"),  # a GIF is a picture then, an MP4 never
         (clips, ("--frames", 40), 1, "none of the clips could be read"),
     ):
         code, said = refusal(*command, "--data", data, *frames)
         assert code == ends and words in said, said
     assert "has 6 frames, fewer than --frames 40" in said
-    assert find(tmp_path, 1)[1] is False
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UserError, match="pip install av; or use an animated WebP"):
         list(read_frames(clips / "c.mp4"))

@@ -94,13 +94,13 @@ class Loaded:  # what an edit needs
             y = edit(self.model, self.adapter, x, prompt, eps, *how)
         return to_images(self.vae.decode(y))
 
-    def size_of(self, picture: np.ndarray) -> tuple[int, int]:
-        return edit_size(picture, self.model, self.vae, self.o.size)
+    def size_of(self, frame: np.ndarray) -> tuple[int, int]:  # of a clip: the area of training
+        return edit_size(frame, self.model, self.vae, self.o.size or self.config["size"])
 
     def edit_alone(self, picture: np.ndarray, instruction: str) -> np.ndarray:
         """A picture (h, w, 3) of any size. -> its edit, of that very size where the base can"""
         h, w = picture.shape[:2]
-        high, wide = self.size_of(picture)
+        high, wide = edit_size(picture, self.model, self.vae, self.o.size)
         unit = self.model.patch * self.vae.factor
         if max(abs(high - h), abs(wide - w)) < unit:
             return self.edit([pad(picture, unit)], instruction)[0][:h, :w]

@@ -103,7 +103,7 @@ RECIPES = {
 }
 CLIPS = {  # what differs for clips
     "default": {"batch": 4, "identity_first": 10},
-    "sd3.5": {"batch": 1, "identity_first": 50},  # eight frames are eight pictures
+    "sd3.5": {"batch": 1, "identity_first": 10},  # eight frames are eight pictures
     "paper": {"steps": 750, "lr": 1e-4, "identity_share": 0.1},
 }
 NUMBERS = (  # options that change a recipe
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--frames", type=int, help="of a clip, edited together (8; pictures 1)")
 
     method = p.add_argument_group("the method", f"numbers: of {', '.join(RECIPES)}")
-    which = "which numbers (default, that is sd3.5 on its like)"
+    which = "which numbers (default; on SD3.5 and its like sd3.5)"
     method.add_argument("--recipe", choices=RECIPES, default="default", help=which)
     for name, kind, meaning in NUMBERS:
         of_each = ", ".join(f"{getattr(recipe, name):g}" for recipe in RECIPES.values())

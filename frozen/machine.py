@@ -70,18 +70,14 @@ def choose_base(base: str, device: torch.device) -> str:
         return base
     if device.type == "cpu":
         return "tiny"
-    gated = NAMED["sd3.5-medium"]
-    if permitted(gated):
-        note = f"base: {gated} (https://huggingface.co/{gated})"
-        base = "sd3.5-medium"
-    else:
-        note = (
-            f"base: {NAMED['bokeh']} (https://huggingface.co/{NAMED['bokeh']}), since {gated} is "
-            f"gated: for that accept its terms at https://huggingface.co/{gated}, then "
-            "`hf auth login`"
-        )
+    page, open_page = (f"https://huggingface.co/{NAMED[n]}" for n in ("sd3.5-medium", "bokeh"))
+    base, said = "sd3.5-medium", f"sd3.5-medium ({page}), or --base bokeh ({open_page})"
+    if not permitted(NAMED["sd3.5-medium"]):
         base = "bokeh"
-    print(f"{note}. Licence of both: {LICENCE}", file=sys.stderr)
+        said = (
+            f"bokeh ({open_page}); for sd3.5-medium accept its terms ({page}), then hf auth login"
+        )
+    print(f"base: {said}; of both the licence is {LICENCE}", file=sys.stderr)
     return base
 
 

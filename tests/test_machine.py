@@ -14,7 +14,7 @@ from PIL import Image
 import data
 import model as network
 from data import encode
-from files import pictures, ranks
+from files import pictures, ranks, run
 from files.disk import UserError
 from files.folder import find
 from frozen import machine
@@ -101,8 +101,8 @@ def offline(*_):
     "kind, answer, cached, base, words",
     [
         (None, None, None, "tiny", ""),
-        ("cuda", granted, None, "sd3.5-medium", "stable-diffusion-3.5-medium (https"),
-        ("cuda", gated, None, "bokeh", "accept its terms at https"),
+        ("cuda", granted, None, "sd3.5-medium", "base: sd3.5-medium (https://hugg"),
+        ("cuda", gated, None, "bokeh", "for sd3.5-medium accept its terms (https"),
         ("cuda", offline, None, "bokeh", "tensorart/bokeh_3.5_medium"),
         ("cuda", offline, "/a/file", "sd3.5-medium", "stability.ai/license"),
     ],
@@ -133,6 +133,37 @@ def test_memory_that_does_not_suffice_is_one_sentence(capsys):
         ranks.guard("train.py", main)
     said = capsys.readouterr().err
     assert end.value.code == 1 and said.count("\n") == 1 and "smaller --batch or --size" in said
+
+
+@pytest.mark.parametrize("kind, backend", [("cuda", "nccl"), ("cpu", "gloo")])
+def test_ranks_meet_on_their_own_device_and_wait_no_longer_than_minutes(monkeypatch, kind, backend):
+    asked = {}
+    monkeypatch.setattr(ranks, "RANKS", 2)
+    init = lambda backend, **more: asked.update(more, backend=backend)  # noqa: E731
+    monkeypatch.setattr(ranks.dist, "init_process_group", init)
+    device = torch.device(kind, 1) if kind == "cuda" else torch.device(kind)
+    ranks.meet(device)
+    assert asked["backend"] == backend and asked["timeout"].total_seconds() == 600
+    assert asked["device_id"] == (device if kind == "cuda" else None)
+
+
+@pytest.mark.parametrize(
+    "base, name, licence",
+    [
+        ("tiny", None, "mit"),
+        ("bokeh", "tensorart/bokeh_3.5_medium", "other"),
+        ("sd3.5-medium", "stabilityai/stable-diffusion-3.5-medium", "other"),
+        ("someone/their-sd3", "someone/their-sd3", None),
+    ],
+)
+def test_a_runs_card_is_what_the_hub_reads(base, name, licence):
+    """By huggingface_hub's own reader."""
+    made = {"command": "c", "commit": "c", "torch": "t", "python": "p", "machine": "m"}
+    config = {"base": base, "instr": "make it winter", "out": "o", "seed": 0}
+    told = hub.ModelCard(run.card(config, made | {"fingerprint": "f"})).data.to_dict()
+    assert (told.get("base_model"), told.get("license")) == (name, licence)
+    assert told["pipeline_tag"] == "image-to-image" and told["library_name"] == "nanobyg"
+    assert ("base_model_relation" in told) == (name is not None)
 
 
 # ---- the network --------------------------------------------------------------------------------

@@ -2,29 +2,34 @@
 bench/results/plan.md.
 
     python bench/memory.py                          # SD3.5-medium at 512 and 1024 pixels
-    python bench/memory.py --base sd3-medium --size 512 --batch 1 --rank 64
+    python bench/memory.py --base sd3-medium --size 512 --batch 1 --recipe paper
 
 Memory: runs the very step of train.py on fake tensors, which have a shape and no data, and adds up
-the bytes alive at every operation: bf16 weights; the adapter, its average and AdamW's moments in
-float32; activations with checkpointing. Likewise what comes before the steps, encoding the
-pictures, and between them, the sample sheet. The most of the three is needed. What the allocator
-loses to fragmentation, the CUDA context (about half a GiB) and the libraries' workspaces come on
-top.
+the bytes alive at every operation: bf16 weights; the adapter, its average and the optimizer's
+moments in float32; activations with checkpointing, under CUDA's rules of autocast. Likewise what
+comes before the steps, encoding the pictures, and between them, the sample sheet. The most of the
+three is needed. What the allocator loses to fragmentation, the CUDA context (about half a GiB) and
+the libraries' workspaces come on top.
 
-Time: a step of the paper's recipe is n forward passes of the rollout, 4 queries to the teacher, and
-two passes with gradient: edit and way back; identity is a third where it is drawn. Each of these is
-3 forward passes: the pass, again when its activations are needed, and the gradient's way to its
-inputs. Times the operations of one pass, at --efficiency of the card's published peak, which no run
-of ours on a GPU has confirmed. The last line is one JSON object.
+Time: a step is n forward passes of the rollout, the queries to the teacher (3, or 2 without
+guidance; 4 of the paper's cue), and two passes with gradient: edit and way back; identity is a
+third where it is drawn. Each of these is 3 forward passes: the pass, again when its activations are
+needed, and the gradient's way to its inputs. Times the operations of one pass, at --efficiency of
+the card's published peak, which no run of ours on a GPU has confirmed. The last line is one JSON
+object.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import sys
 import weakref
+from functools import partial
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,14 +38,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import model as network  # noqa: E402
 from data import Batch  # noqa: E402
+from files.run import HELD  # noqa: E402
+from frozen.probe import judge, passes  # noqa: E402
 from frozen.text import CLIPText  # noqa: E402
 from frozen.vae import VAE  # noqa: E402
-from losses import byg_loss, cosine_cue, identity_loss  # noqa: E402
-from model import MMDiT, new_adapter  # noqa: E402
+from losses import byg_loss, cosine_cue, delta_cue, identity_loss  # noqa: E402
+from model import MMDiT, merged, new_adapter  # noqa: E402
 from routing import time_grid  # noqa: E402
 from sample import edit  # noqa: E402
-from train import RECIPES  # noqa: E402
+from train import RECIPES, Muon  # noqa: E402
 
 GIB = 2**30
 SD3 = dict(
@@ -116,41 +124,102 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
+# ---- what CUDA does otherwise than the CPU ------------------------------------------------------
+def in_float32(norm):
+    """A norm as CUDA's autocast runs it; the CPU's leaves it in half precision."""
+
+    def cast(x, shape, weight=None, *rest, **options):
+        if torch.is_autocast_enabled("cpu"):
+            x = x.float()
+        if weight is not None:
+            weight = weight.to(x.dtype)
+        return norm(x, shape, weight, *rest, **options)
+
+    return cast
+
+
+def fused_rms_norm(x, shape, weight, eps):
+    """CUDA's kernel, which keeps its input alone; the CPU's is made of many operations."""
+    return torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0]
+
+
+@contextlib.contextmanager
+def fake(device):
+    """Fake tensors. They are the CPU's, for without a driver autograd takes no fake CUDA tensors
+    backward; what CUDA does otherwise is put in place: norms in float32, no attention mask."""
+    with contextlib.ExitStack() as stack:
+        if device == "cuda":
+            for name, norm in (("layer_norm", F.layer_norm), ("rms_norm", fused_rms_norm)):
+                stack.enter_context(mock.patch.object(F, name, in_float32(norm)))
+            copies = mock.patch.object(network, "with_weight", network.with_copies)
+            stack.enter_context(copies)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+# ---- memory -------------------------------------------------------------------------------------
 def in_gib(size):
     return round(size / GIB, 2)
 
 
-def random_prompt(n, dtype=torch.float32):
-    return torch.randn(n, 77, 2048, dtype=dtype), torch.randn(n, 2048, dtype=dtype)
+def random_prompt(model, n):
+    width = model.time_text_embed["text_embedder"]["linear_1"].in_features  # of CLIP's context, too
+    return torch.randn(n, 77, width), torch.randn(n, width)
 
 
-def random_batch(model, size, n, k, dtype=torch.float32):
+def random_batch(model, size, n, k):
     """What a step of train.py sees, in random numbers. size in pixels, k: node of the time grid"""
     x, eps, eps_cue = torch.randn(3, n, model.channels, size // 8, size // 8)
     nodes = torch.full((n,), k)
     kinds = ("src", "tgt", "instr", "undo", "null")
-    prompts = {kind: random_prompt(n, dtype) for kind in kinds}
+    prompts = {kind: random_prompt(model, n) for kind in kinds}
     return Batch(x, eps, eps_cue, nodes, **prompts, frames=1)
 
 
 def step_losses(model, adapter, average, batch, ts, recipe, dtype):
-    """Both backward passes of a step of train.py, by the paper's recipe. -> figures of its log"""
-    half = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    """Both backward passes of a step of train.py. -> figures of its log"""
+    half = torch.autocast(batch.x.device.type, dtype, enabled=dtype != torch.float32)
     with half:
-        identity = identity_loss(model, adapter, batch, ts)
+        identity = identity_loss(model, merged(model, adapter), batch, ts)
     (recipe.identity * identity).backward()
-    weights = recipe.prior, recipe.cycle
+    cue = cosine_cue
+    if recipe.cue != "cosine":
+        cue = partial(delta_cue, guidance=recipe.guidance)
+    numbers = recipe.prior, recipe.cycle, recipe.routing, recipe.bootstrap
     with half:
-        loss, figures = byg_loss(model, adapter, average, batch, ts, cosine_cue, *weights)
+        trained, averaged = merged(model, adapter), merged(model, average)
+        loss, figures = byg_loss(model, trained, averaged, batch, ts, cue, *numbers)
     loss.backward()
     return figures | {"identity": identity.detach()}
 
 
-def step_memory(config, size, batch, rank, checkpointing=True, dtype=torch.bfloat16):
-    """One step of train.py, by the paper's recipe, with identity; size in pixels. -> GiB: weights,
-    adapter (with average, gradient, moments), peak"""
+def new_optimizer(adapter, recipe):
+    """train.py's, with room for its moments: a first step of nothing."""
+    kind = Muon
+    if not recipe.muon:
+        kind = partial(torch.optim.AdamW, foreach=True)  # as on a GPU
+    opt = kind(adapter.values(), lr=recipe.lr)
+    for p in adapter.values():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    opt.zero_grad()
+    return opt
+
+
+def step_memory(
+    config,
+    size,
+    batch,
+    rank,
+    recipe=RECIPES["sd3.5"],
+    checkpointing=True,
+    dtype=torch.bfloat16,
+    device="cuda",
+):
+    """One step of train.py, with identity; size in pixels. -> GiB: weights, adapter (with average,
+    gradient, moments), peak"""
     ts = time_grid(2, 3.0)  # two Euler steps: more repeat the same memory
-    with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+    with fake(device), Meter() as meter:
         torch.set_default_dtype(dtype)
         model = MMDiT(config).requires_grad_(False)
         torch.set_default_dtype(torch.float32)
@@ -158,26 +227,24 @@ def step_memory(config, size, batch, rank, checkpointing=True, dtype=torch.bfloa
         weights = meter.now
         adapter = new_adapter(model, rank)
         average = {name: v.detach().clone() for name, v in adapter.items()}
-        opt = torch.optim.AdamW(adapter.values())
-        for p in adapter.values():
-            p.grad = torch.zeros_like(p)
-        opt.step()  # from now on its moments are there
-        opt.zero_grad()
+        opt = new_optimizer(adapter, recipe)
         meter.peak = meter.now
-        drawn = random_batch(model, size, batch, 0, dtype)
-        step_losses(model, adapter, average, drawn, ts, RECIPES["paper"], dtype)
+        drawn = random_batch(model, size, batch, 0)
+        step_losses(model, adapter, average, drawn, ts, recipe, dtype)
         opt.step()
     tensors = 4 * sum(v.numel() for v in adapter.values())
-    figures = {"weights": weights, "adapter": 5 * tensors, "peak": meter.peak}
+    copies = 4 if recipe.muon else 5
+    figures = {"weights": weights, "adapter": copies * tensors, "peak": meter.peak}
     return {name: in_gib(value) for name, value in figures.items()}
 
 
-def other_memory(config, size, rank, held=6):
+def other_memory(config, size, rank, held=HELD, copies=3):
     """What train.py does besides its steps, in bf16 with the autoencoder in float32; size in
-    pixels. -> GiB: encoding a picture while the text encoders are there, too; drawing the sample
-    sheet; the decoder alone"""
+    pixels; held: pictures edited at once; copies: of the adapter, its average and moments. -> GiB:
+    encoding a picture while the text encoders are there, too; drawing and judging the sample sheet;
+    the decoder alone"""
     ts = time_grid(2, 3.0)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Meter() as meter:
+    with fake("cuda"), torch.no_grad(), Meter() as meter:
         torch.set_default_dtype(torch.bfloat16)
         model, texts = MMDiT(config), [CLIPText(c) for c in TEXTS]
         torch.set_default_dtype(torch.float32)
@@ -186,19 +253,20 @@ def other_memory(config, size, rank, held=6):
         encoding = meter.peak
         del texts, vae.encoder
         adapter = new_adapter(model, rank)
-        kept = []
-        for _ in range(3):  # its average and AdamW's moments
-            kept.append({name: v.clone() for name, v in adapter.items()})
+        kept = [{name: v.clone() for name, v in adapter.items()} for _ in range(copies)]
         meter.peak = meter.now
         x = torch.randn(held, model.channels, size // 8, size // 8)
+        prompt = random_prompt(model, held)
         with torch.autocast("cpu", torch.bfloat16):
-            y = edit(model, kept[0], x, random_prompt(held), torch.randn_like(x), ts)
+            y = edit(model, kept[0], x, prompt, torch.randn_like(x), ts)
+            judge(model, x, y, prompt, prompt)
         vae.decode(y)
         decoder = sum(p.nbytes for p in vae.parameters())
     figures = {"encoding": encoding, "sheet": meter.peak, "decoder": decoder}
     return {name: in_gib(value) for name, value in figures.items()}
 
 
+# ---- time ---------------------------------------------------------------------------------------
 def forward_tflop(config, size, rank):
     """Operations (multiplications and additions) of the editor's forward pass over one picture of
     size x size pixels, in 10^12"""
@@ -207,7 +275,7 @@ def forward_tflop(config, size, rank):
     with torch.device("meta"), counter, seen:
         model = MMDiT(config).requires_grad_(False)
         x = torch.randn(1, model.channels, size // 8, size // 8)
-        model(x, torch.ones(1), random_prompt(1), x, new_adapter(model, rank))
+        model(x, torch.ones(1), random_prompt(model, 1), x, new_adapter(model, rank))
     return counter.get_total_flops() / 1e12
 
 
@@ -216,9 +284,10 @@ def hours(card, row, recipe, efficiency):
     peak, gib = CARDS[card]
     if row["most"] + 1.5 >= gib:
         return "too large"
-    return f"{recipe.steps * row['tflop'] / (efficiency * peak) / 3600:.0f} h"
+    return f"{recipe.steps * row['tflop'] / (efficiency * peak) / 3600:.1f} h"
 
 
+# ---- the table ----------------------------------------------------------------------------------
 def say(o, size, batch, row):
     print(
         f"{o.base}, {size} pixels, batch {batch}, rank {o.rank}: weights {row['weights']} GiB, "
@@ -232,16 +301,17 @@ def say(o, size, batch, row):
 def write_plan(o, recipe, lines):
     sizes = " ".join(map(str, o.size))
     batches = " ".join(map(str, o.batch))
-    options = f"--base {o.base} --size {sizes} --batch {batches} --rank {o.rank}"
+    which = f"--recipe {o.recipe} --base {o.base} --size {sizes} --batch {batches}"
+    options = f"{which} --rank {o.rank} --efficiency {o.efficiency}"
     cards = [f" {name} ({peak}) |" for name, (peak, _) in CARDS.items()]
     page = [
-        f"`python bench/memory.py {options} --efficiency {o.efficiency}`",
+        f"`python bench/memory.py {options}`",
         "",
-        f"**Computed, not measured**: hours of the paper's {recipe.steps:,} steps on one card, for "
-        f"{o.base} with rank {o.rank}, were every card to reach {100 * o.efficiency:.0f} % of its "
-        "published peak (in brackets, TFLOP/s). Memory without the CUDA context and fragmentation, "
-        "for which 1.5 GiB are set aside; the most: during the steps the decoder is on the card, "
-        "too.",
+        f"**Computed, not measured**: hours of the {recipe.steps:,} steps of the recipe "
+        f"`{o.recipe}` on one card, for {o.base} with rank {o.rank}, were every card to reach "
+        f"{100 * o.efficiency:.0f} % of its published peak (in brackets, TFLOP/s). Memory without "
+        "the CUDA context and fragmentation, for which 1.5 GiB are set aside; the most: during the "
+        "steps the decoder is on the card, too.",
         "",
         "| pixels | batch | a step, GiB | encoding | sample sheet | the most | TFLOP a step |"
         + "".join(cards),
@@ -251,34 +321,45 @@ def write_plan(o, recipe, lines):
     (ROOT / "bench" / "results" / "plan.md").write_text("\n".join(page) + "\n")
 
 
-def main():
-    kind = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=kind)
-    p.add_argument("--base", default="sd3.5-medium", choices=BASES)
-    p.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="pixels a side")
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8])
-    p.add_argument("--rank", type=int, default=64)
-    share = "share of the peak that is reached: an assumption"
+def computed(config, size, batch, rank, recipe):
+    """-> a row's figures: GiB, and TFLOP of a step"""
+    copies = 2 if recipe.muon else 3
+    other = other_memory(config, size, rank, min(HELD, batch), copies)
+    row = step_memory(config, size, batch, rank, recipe) | other
+    most = max(row["peak"] + other["decoder"], other["encoding"], other["sheet"])
+    tflop = batch * passes(recipe) * forward_tflop(config, size, rank)
+    return row | {"most": round(most, 2), "tflop": round(tflop, 1)}
+
+
+def options():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--recipe", default="sd3.5", choices=RECIPES, help="of train.py (sd3.5)")
+    p.add_argument("--base", default="sd3.5-medium", choices=BASES, help="(sd3.5-medium)")
+    p.add_argument("--size", type=int, nargs="+", default=[512, 1024], help="pixels (512 1024)")
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="(1 4 8)")
+    p.add_argument("--rank", type=int, help="of the LoRA (the recipe's)")
+    share = "share of the peak that is reached: an assumption (0.4)"
     p.add_argument("--efficiency", type=float, default=0.4, help=share)
     o = p.parse_args()
-    recipe, config = RECIPES["paper"], BASES[o.base]
-    passes = recipe.n + 4 + 3 * (2 + recipe.identity_share)
+    o.rank = o.rank or RECIPES[o.recipe].rank
+    return o
+
+
+def main():
+    o = options()
+    recipe, config = RECIPES[o.recipe], BASES[o.base]
     table, lines = {}, []
     for size in o.size:
-        one = forward_tflop(config, size, o.rank)
-        other = other_memory(config, size, o.rank)
         for batch in o.batch:
-            row = step_memory(config, size, batch, o.rank) | other
-            most = max(row["peak"] + other["decoder"], other["encoding"], other["sheet"])
-            row["most"] = round(most, 2)
-            row["tflop"] = round(batch * one * passes, 1)
+            row = computed(config, size, batch, o.rank, recipe)
             table[f"{size}x{batch}"] = row
             cells = [row[name] for name in ("peak", "encoding", "sheet", "most", "tflop")]
             cells += [hours(card, row, recipe, o.efficiency) for card in CARDS]
             lines.append(f"| {' | '.join(map(str, [size, batch, *cells]))} |")
             say(o, size, batch, row)
     write_plan(o, recipe, lines)
-    print(json.dumps({"base": o.base, "rank": o.rank, "steps": table}))
+    what = {"recipe": o.recipe, "base": o.base, "rank": o.rank}
+    print(json.dumps(what | {"steps": table}))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from files.disk import UserError
 from files.folder import find
 from files.options import need_positive, pixels, recall
 from frozen import machine, probe
-from frozen.load import edit_steps
+from frozen.load import edit_steps, shift_at
 from losses import byg_loss, cosine_cue, delta_cue, identity_loss
 from model import Adapter, merged
 from routing import ROUTES, time_grid
@@ -59,7 +59,6 @@ class Recipe:
     ema: float = 0.98  # of the averaged adapter: over about 50 steps
     rank: int = 32  # of the LoRA; the base is 192 wide
     n: int = 8  # Euler steps of the rollout
-    shift: float = 0.0  # of the time grid; 0: the base's own
     cue: str = "delta"  # the paper's cosine loses the source on this base (measured)
     guidance: float = 3.0  # of the target in the cue; with 1, none, 10 points less (measured)
     prior: float = 4.0  # weights of Eq. 5; half or twice made no difference (measured)
@@ -81,7 +80,6 @@ RECIPES = {
         warmup=100,
         ema=0.99,  # over about 100 steps, a twentieth of the run
         rank=64,  # the paper's
-        shift=1.5,  # SD3.5's 3 is for 1024 pixels; half the side, half of it (arXiv 2403.03206)
     ),
     "paper": Recipe(  # arXiv 2606.03911; ema is not published, the re-implementations take 0.999
         steps=30_000,
@@ -112,7 +110,6 @@ NUMBERS = (  # options that change a recipe
     ("lr", float, "learning rate"),
     ("rank", int, "of the LoRA"),
     ("n", int, "Euler steps of the rollout"),
-    ("shift", float, "of the time grid; 0: the base's"),
     ("guidance", float, "of the target in the delta cue; 1 is none"),
     ("prior", float, "weight of the teacher's cue"),
     ("cycle", float, "weight of the cycle"),
@@ -138,6 +135,8 @@ def parser() -> argparse.ArgumentParser:
     for name, kind, meaning in NUMBERS:
         of_each = ", ".join(f"{getattr(recipe, name):g}" for recipe in RECIPES.values())
         method.add_argument(f"--{name}", type=kind, help=f"{meaning} ({of_each})")
+    less = "of the time grid (the base's, less for smaller pictures)"
+    method.add_argument("--shift", type=float, help=less)
     method.add_argument("--cue", choices=CUES, help="how the teacher is followed (delta; cosine)")
     method.add_argument("--routing", choices=ROUTES, help="what the cycle sees (ste)")
     states = "train on the editor's rollouts, not on noised sources (yes)"
@@ -166,7 +165,7 @@ def options() -> tuple[argparse.Namespace, list[pathlib.Path], bool]:
     if o.resume and (out / "checkpoint.safetensors").exists():  # its options, but for those given
         recall(p, o)
         o = p.parse_args()
-    need_positive(p, o, ["steps", "batch", "lr", "rank", "n", "every", "frames"])
+    need_positive(p, o, ["steps", "batch", "lr", "rank", "n", "shift", "every", "frames"])
     paths, clips = find(o.data, o.frames, [out / "held", out / "samples"])
     if o.frames is None:
         o.frames = 8 if clips else 1
@@ -274,7 +273,7 @@ def main():
     rng = torch.Generator().manual_seed(o.seed)  # of everything that is drawn in the loop
     first = run.restore(out, adapter, average, opt, rng) if o.resume else 0
 
-    shift = recipe.shift or shift
+    shift = o.shift or shift_at(size, shift, model, vae)
     ts = time_grid(recipe.n, shift).to(device)
     cue = cosine_cue
     if recipe.cue != "cosine":
@@ -292,11 +291,11 @@ def main():
     run.begin(out, config, data, held_rows)
     grid = time_grid(edit_steps(model), shift)
     few = recipe.batch // ranks.RANKS  # at a time
-    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, o.frames, few, grid)
+    how = o.frames, few, grid, autocast
+    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, *how)
     save_every = o.every * (5 if wide else 1)  # of a wide base it is 2 GB
     if first == 0:
-        with autocast:
-            write_sheet(0)
+        write_sheet(0)
     stop = ranks.catch_signals()
     log = run.open_log(out, first)
     mine = slice(ranks.RANK, None, ranks.RANKS)  # of a batch
@@ -333,8 +332,7 @@ def main():
         figures, halt = ranks.agree(figures, stop, device)
         last = step == recipe.steps
         if step % o.every == 0 or last:
-            with autocast:
-                seen = write_sheet(step, warns=step > recipe.steps // 2)
+            seen = write_sheet(step, warns=step > recipe.steps // 2)
             figures |= seen
         ranks.show(bar, seen | figures)
         line = {"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)}

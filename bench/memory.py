@@ -11,7 +11,7 @@ comes before the steps, encoding the pictures, and between them, the sample shee
 three is needed. What the allocator loses to fragmentation, the CUDA context (about half a GiB) and
 the libraries' workspaces come on top.
 
-Time: a step is n forward passes of the rollout, the queries to the teacher (3, or 2 without
+Time: a step is n forward passes of the rollout, the queries to the teacher (3; 4 of the
 guidance; 4 of the paper's cue), and two passes with gradient: edit and way back; identity is a
 third where it is drawn. Each of these is 3 forward passes: the pass, again when its activations are
 needed, and the gradient's way to its inputs. Times the operations of one pass, at --efficiency of
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -128,12 +128,10 @@ class Meter(TorchDispatchMode):
 def in_float32(norm):
     """A norm as CUDA's autocast runs it; the CPU's leaves it in half precision."""
 
-    def cast(x, shape, weight=None, *rest, **options):
+    def cast(x, shape, *rest, **options):
         if torch.is_autocast_enabled("cpu"):
-            x = x.float()
-        if weight is not None:
-            weight = weight.to(x.dtype)
-        return norm(x, shape, weight, *rest, **options)
+            x, rest = x.float(), tree_map_only(torch.Tensor, torch.Tensor.float, rest)
+        return norm(x, shape, *rest, **options)
 
     return cast
 

@@ -63,7 +63,8 @@ def look_at(o, base, folder):
     with tempfile.TemporaryDirectory() as tmp:
         out = pathlib.Path(tmp)
         (out / "samples").mkdir()
-        figures = run.sheet(out, model, vae, adapter, data, held, 1, len(held), ts, step=0)
+        whole = contextlib.nullcontext()
+        figures = run.sheet(out, model, vae, adapter, data, held, 1, len(held), ts, whole, 0)
     shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
     print("\n".join([f"{folder}: {shown}", *warnings_of(figures)]), flush=True)
     return figures

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import KINDS
 from files.clips import write_sheets
 from files.disk import (
     ROOT,
@@ -254,32 +255,41 @@ def fit(v: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sheet(
-    out, model, vae, average, data, held, frames: int, few: int, ts, step: int, warns=False
+    out,
+    model,
+    vae,
+    average,
+    data,
+    held,
+    frames: int,
+    few: int,
+    ts,
+    autocast,
+    step: int,
+    warns=False,
 ) -> dict[str, float]:
-    """Writes the sample sheet: the held-back sources, their edits, and the edits undone; `few`
-    pictures or clips at a time, as many as fit into a step. -> undone: PSNR of the edit undone to
-    the source, dB; likelier: share of the edits that the base finds likelier under the target
-    caption; surprise: see `judge`"""
+    """Writes the sample sheet: the held-back sources, their edits, and the edits undone; `few` at a
+    time, as in a step. -> undone: PSNR of the edit undone to the source, dB; likelier: share of the
+    edits that the base finds likelier under the target caption; surprise: see `judge`"""
     if RANK:
         return {}
     device = model.proj_out.weight.device
     shape = data.latents[0].shape[1:]
     noises = noise(len(held), frames, shape, torch.Generator().manual_seed(1))
-    adapter = merged(model, average)
+    with autocast:
+        adapter = merged(model, average)
     columns, margins, surprises = [[], [], []], [], []
     for some, eps in zip(held.split(few), noises.split(few * frames)):
         x, eps = torch.cat([data.latents[i][:frames] for i in some]).to(device), eps.to(device)
         rows = some.repeat_interleave(frames)
-        states = [x]
-        for kind in ("instr", "undo"):
-            velocity = editor(model, adapter, data.prompt(kind, rows, device), states[-1], frames)
-            *_, y = integrate(velocity, eps, ts)
-            states.append(y)
-        src, tgt = (data.prompt(kind, rows, device) for kind in ("src", "tgt"))
-        margin, surprise = judge(model, x, states[1], src, tgt)
+        src, tgt, instr, undo = (data.prompt(kind, rows, device) for kind in KINDS)
+        with autocast:
+            *_, y = integrate(editor(model, adapter, instr, x, frames), eps, ts)
+            *_, back = integrate(editor(model, adapter, undo, y, frames), eps, ts)
+            margin, surprise = judge(model, x, y, src, tgt)
         margins.append(margin)
         surprises.append(surprise)
-        for column, state in zip(columns, states):
+        for column, state in zip(columns, (x, y, back)):
             column.append(to_images(vae.decode(state)))
     columns = [np.concatenate(column) for column in columns]
     latest = out / "samples" / f"latest.{'webp' if frames > 1 else 'png'}"

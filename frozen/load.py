@@ -306,6 +306,13 @@ def edit_size(picture, model: MMDiT, vae: VAE, size: tuple | None = None) -> tup
     return working_size(h, w, model, vae, min((h * w) ** 0.5, vae.factor * model.sample_size))
 
 
+def shift_at(size: tuple[int, int], shift: float, model: MMDiT, vae: VAE) -> float:
+    """The shift of the time grid for pictures of `size` (h, w): the base's own is for its own size,
+    and falls in proportion to the side (arXiv 2403.03206, Eq. 23), to 1 at least."""
+    share = (size[0] * size[1]) ** 0.5 / (vae.factor * model.sample_size)
+    return max(1.0, shift * share)
+
+
 def edit_steps(model: MMDiT) -> int:
     """The Euler steps of an edit: the paper's 20; on the embedded base 8, as many as the rollouts
     in training have, which are as good there."""

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -162,7 +163,7 @@ def test_a_sheets_edit_is_the_edit_of_sample(few, tmp_path, monkeypatch):
     data = encode(rows, (64, 64), 1, vae, text, "cpu")
     adapter = {name: v + 0.02 * torch.randn_like(v) for name, v in new_adapter(model, 4).items()}
     held, ts = torch.tensor([2, 0]), time_grid(3, shift)
-    run.sheet(tmp_path, model, vae, adapter, data, held, 1, 1, ts, step=0)  # one at a time
+    run.sheet(tmp_path, model, vae, adapter, data, held, 1, 1, ts, nullcontext(), 0)  # one each
     x = torch.cat([data.latents[2], data.latents[0]])
     eps = noise(2, 1, x.shape[1:], torch.Generator().manual_seed(1))
     y = edit(model, adapter, x, text([rows[i]["instr"] for i in (2, 0)]), eps, ts)

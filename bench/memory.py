@@ -11,8 +11,8 @@ comes before the steps, encoding the pictures, and between them, the sample shee
 three is needed. What the allocator loses to fragmentation, the CUDA context (about half a GiB) and
 the libraries' workspaces come on top.
 
-Time: a step is n forward passes of the rollout, the queries to the teacher (3; 4 of the
-guidance; 4 of the paper's cue), and two passes with gradient: edit and way back; identity is a
+Time: a step is n forward passes of the rollout, the queries to the teacher (3, of the
+paper's cue 4), and two passes with gradient: edit and way back; identity is a
 third where it is drawn. Each of these is 3 forward passes: the pass, again when its activations are
 needed, and the gradient's way to its inputs. Times the operations of one pass, at --efficiency of
 the card's published peak, which no run of ours on a GPU has confirmed. The last line is one JSON
@@ -88,9 +88,10 @@ TEXTS = [
 ]
 # Makers' figures: bf16 with float32 sums, dense, in TFLOP/s, and GiB of memory.
 CARDS = {
+    "T4, fp16": (65, 15),
+    "RTX 4070": (58, 12),
     "RTX 3090": (71, 24),
     "RTX 4090": (165, 24),
-    "L40S": (362, 45),
     "A100": (312, 80),
     "H100 SXM": (989, 80),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from files.disk import UserError
-from files.folder import NO_CAPTION, caption_of, check_names, load_rows, read_jsonl, report
+from files.folder import NO_CAPTION, caption_of, lines_of, load_rows, name_of, read_jsonl, report
 from frozen.text import Text
 from frozen.vae import to_pixels
 from model import Prompt
@@ -151,9 +151,8 @@ def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None, stric
     src, tgt, undo: given for all rows, instead of caption and grammar. strict: a folder
     without any caption is refused, not taken for pictures of "a picture"."""
     folder = pathlib.Path(folder)
-    tuples = read_jsonl(folder / "tuples.jsonl", KINDS)
-    captions = read_jsonl(folder / "metadata.jsonl", ["text"])
-    check_names(folder, {*tuples, *captions}, paths)
+    tuples = lines_of(folder, read_jsonl(folder / "tuples.jsonl", KINDS), paths)
+    captions = lines_of(folder, read_jsonl(folder / "metadata.jsonl", ["text"]), paths)
     if instr and len(tuples) == len(paths):
         raise UserError(
             f"{folder}/tuples.jsonl has an instruction for every image already: "
@@ -163,7 +162,7 @@ def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None, stric
     rows, captioned = [], 0
     for path in paths:
         row = {"path": folder / path}
-        if line := tuples.get(path.as_posix()):
+        if line := tuples.get(name_of(path)):
             rows.append(row | {kind: line[kind] for kind in KINDS})
             continue
         if instr is None:
@@ -172,7 +171,7 @@ def read_prompts(folder, paths, instr=None, src=None, tgt=None, undo=None, stric
                 "tuples.jsonl with a line for each image",
                 2,
             )
-        caption = caption_of(folder / path, captions.get(path.as_posix()))
+        caption = caption_of(folder / path, captions.get(name_of(path)))
         captioned += caption is not None
         caption = src or caption or "a picture"
         derived = (tgt, undo) if tgt and undo else derive(instr, caption)
@@ -271,7 +270,7 @@ def check_captions(rows: list, text: Text) -> None:
     alike = int(text.alike(src, tgt).sum())
     told = (
         f"{alike} of {len(rows)} target captions read like their source's and teach nothing: "
-        "long ones are cut; shorten them"
+        "they are the same, or so long that they are cut alike"
     )
     if alike == len(rows):
         raise UserError(told)

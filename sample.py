@@ -29,7 +29,7 @@ from files.pictures import crop, load_image, pad, write_image
 from files.ranks import guard
 from files.run import find_run, load_adapter, read_run
 from frozen import machine
-from frozen.load import edit_size, edit_steps
+from frozen.load import edit_grid, edit_size
 from frozen.text import Text
 from frozen.vae import VAE, to_images, to_pixels
 from model import Adapter, MMDiT, Prompt, merged
@@ -76,7 +76,7 @@ class Loaded:  # what an edit needs
     adapter: Adapter
     run: pathlib.Path
     config: dict  # of the run
-    ts: Tensor  # the time grid
+    shift: float  # of the base's time grid
     o: argparse.Namespace  # its seed is of the noise of every edit: each comes out as alone
     autocast: torch.autocast
 
@@ -89,9 +89,9 @@ class Loaded:  # what an edit needs
         eps = noise(1, frames, x.shape[1:], rng).to(device)
         words = self.text([instruction, ""])
         prompt, null = (tuple(a[i].expand(frames, *a.shape[1:]) for a in words) for i in (0, 1))
+        ts = edit_grid(x, self.model, self.shift, self.config.get("shift"), self.o.steps)
         with self.autocast:
-            how = self.ts, frames, null, self.o.guidance
-            y = edit(self.model, self.adapter, x, prompt, eps, *how)
+            y = edit(self.model, self.adapter, x, prompt, eps, ts, frames, null, self.o.guidance)
         return to_images(self.vae.decode(y))
 
     def size_of(self, frame: np.ndarray) -> tuple[int, int]:  # of a clip: the area of training
@@ -100,10 +100,10 @@ class Loaded:  # what an edit needs
     def edit_alone(self, picture: np.ndarray, instruction: str) -> np.ndarray:
         """A picture (h, w, 3) of any size. -> its edit, of that very size where the base can"""
         h, w = picture.shape[:2]
+        whole = pad(picture, self.model.patch * self.vae.factor)
+        if edit_size(whole, self.model, self.vae, self.o.size) == whole.shape[:2]:
+            return self.edit([whole], instruction)[0][:h, :w]
         high, wide = edit_size(picture, self.model, self.vae, self.o.size)
-        unit = self.model.patch * self.vae.factor
-        if max(abs(high - h), abs(wide - w)) < unit:
-            return self.edit([pad(picture, unit)], instruction)[0][:h, :w]
         note(f"{w}x{h} pixels edited at {wide}x{high}, about the base's own area (--size)")
         return self.edit([crop(picture, (high, wide))], instruction)[0]
 
@@ -122,9 +122,9 @@ def load(o: argparse.Namespace) -> Loaded:
         note(f'{run} was trained for "{own}" alone; "{o.instr}" may do nothing, or that')
     if o.input and model.width < 512:
         note("the embedded base knows only its own world of little houses, and no photographs")
-    adapter = merged(model, load_adapter(run / "adapter.safetensors", model))
-    ts = time_grid(o.steps or edit_steps(model), config.get("shift") or shift)
-    return Loaded(model, vae, text, adapter, run, config, ts, o, autocast)
+    with autocast:
+        adapter = merged(model, load_adapter(run / "adapter.safetensors", model))
+    return Loaded(model, vae, text, adapter, run, config, shift, o, autocast)
 
 
 def draw_prompt(o: argparse.Namespace) -> str:

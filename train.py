@@ -37,7 +37,7 @@ from files.disk import UserError
 from files.folder import find
 from files.options import need_positive, pixels, recall
 from frozen import machine, probe
-from frozen.load import edit_steps, shift_at
+from frozen.load import edit_grid, shift_at
 from losses import byg_loss, cosine_cue, delta_cue, identity_loss
 from model import Adapter, merged
 from routing import ROUTES, time_grid
@@ -273,33 +273,32 @@ def main():
     rng = torch.Generator().manual_seed(o.seed)  # of everything that is drawn in the loop
     first = run.restore(out, adapter, average, opt, rng) if o.resume else 0
 
-    shift = o.shift or shift_at(size, shift, model, vae)
-    ts = time_grid(recipe.n, shift).to(device)
+    ts = time_grid(recipe.n, o.shift or shift_at(data.latents[0], shift, model)).to(device)
     cue = cosine_cue
     if recipe.cue != "cosine":
         cue = partial(delta_cue, guidance=recipe.guidance)
     autocast = machine.autocast(device, half)
     model.checkpointing = wide  # memory before speed
-    config = vars(o) | asdict(recipe) | {"size": size, "shift": shift}
-    if first == 0 and not o.no_probe:  # before any training: does the base know this edit?
-        with autocast:
-            config["probe"] = probe.say(model, adapter, data, train_rows, recipe, o.frames)
-    if o.compile or o.compile is None and wide and device.type in ("cuda", "xpu"):
-        machine.compile_blocks(model, device)
+    config = vars(o) | asdict(recipe) | {"size": size, "rank": run.rank_of(adapter)}
+    with ranks.quiet():
+        if first == 0 and not o.no_probe:  # before any training: does the base know this edit?
+            with autocast:
+                config["probe"] = probe.say(model, adapter, data, train_rows, recipe, o.frames)
+        if o.compile or o.compile is None and wide and device.type in ("cuda", "xpu"):
+            machine.compile_blocks(model, device)
 
     # What a run's folder begins with; rank 0 alone writes.
     run.begin(out, config, data, held_rows)
-    grid = time_grid(edit_steps(model), shift)
-    few = recipe.batch // ranks.RANKS  # at a time
-    how = o.frames, few, grid, autocast
-    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, *how)
-    save_every = o.every * (5 if wide else 1)  # of a wide base it is 2 GB
+    grid = edit_grid(data.latents[0], model, shift, o.shift)
+    how = o.frames, recipe.batch // ranks.RANKS, grid, autocast
+    write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, how)
     if first == 0:
         write_sheet(0)
     stop = ranks.catch_signals()
     log = run.open_log(out, first)
     mine = slice(ranks.RANK, None, ranks.RANKS)  # of a batch
-    begun, bad, seen = time.time(), 0, {}
+    begun = saved = time.time()
+    bad, seen = 0, {}
     for step in (bar := ranks.progress(first, recipe.steps)):
         rate = set_rate(opt, step, recipe)
         batch = draw(data, train_rows, recipe, o.frames, rng, mine, device)
@@ -330,16 +329,19 @@ def main():
         opt.zero_grad()
 
         figures, halt = ranks.agree(figures, stop, device)
-        last = step == recipe.steps
-        if step % o.every == 0 or last:
-            seen = write_sheet(step, warns=step > recipe.steps // 2)
+        due = step % o.every == 0 or step == recipe.steps
+        if due:
+            seen = write_sheet(step, late=step > recipe.steps // 2)
             figures |= seen
         ranks.show(bar, seen | figures)
         line = {"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)}
         log.write(json.dumps(line | figures) + "\n")
-        due = step % save_every == 0 or last
-        if due or halt or bad == 5:  # after its line, so that none is left out of a saved run
+        rare = wide and step < recipe.steps and time.time() - saved < 1200  # a save is 2 GB
+        if due and not rare or halt or bad == 5:  # after its line: no saved run lacks one
             run.save(out, adapter, average, opt, rng, step, o.base)
+            saved = time.time()
+        if due or halt:
+            run.page(out)
         if bad == 5:
             raise UserError(
                 "five steps in a row had no finite gradient; the last good state is saved. "

@@ -283,7 +283,7 @@ def video(o, config, run, out):
 
     def edited(folder, shared, together):
         adapter = load_adapter(pathlib.Path(folder) / "adapter.safetensors", model)
-        how = (prompt, config.get("shift", shift), o.steps, o.seed, frames, shared, together)
+        how = (prompt, config.get("shift") or shift, o.steps, o.seed, frames, shared, together)
         return edit_all(model, vae, adapter, images, *how)
 
     def judge(output):
@@ -379,7 +379,7 @@ def pictures(o, config, run, out):
     adapter = load_adapter(run / "adapter.safetensors", model)
     with torch.no_grad():
         prompts, null = text(list(asks)), text([""])
-    how = (prompts, config.get("shift", shift), o.steps, o.seed)
+    how = (prompts, config.get("shift") or shift, o.steps, o.seed)
     output = edit_all(model, vae, adapter, images, *how, null=null, guidance=o.guidance)
     results = judge_all(world, kinds, values, output)
 

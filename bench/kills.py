@@ -25,6 +25,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import frozen.load  # noqa: E402
 import train  # noqa: E402
 
 OPTIONS = '--instr "make it winter" --base tiny --batch 2 --n 2 --rank 2 --every 1 --size 32'
@@ -40,7 +41,7 @@ def start(data, out, steps, resume):
         return pid
     code = 1
     try:
-        train.edit_steps = two_steps  # quick sample sheets: most of the time goes to saving
+        frozen.load.edit_steps = two_steps  # quick sample sheets: most of the time goes to saving
         few = {"identity_first": 2, "warmup": 3}
         train.RECIPES["default"] = dataclasses.replace(train.RECIPES["default"], **few)
         sys.argv = ["train.py", *shlex.split(OPTIONS), "--data", str(data), "--out", str(out)]

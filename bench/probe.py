@@ -58,13 +58,14 @@ def look_at(o, base, folder):
     config = run.read_run(folder)
     data = encoded(o, base, config["instr"], tuple(config["size"]))
     adapter = run.load_adapter(folder / "adapter.safetensors", model)
-    ts = time_grid(edit_steps(model), config.get("shift", shift))
+    ts = time_grid(edit_steps(model), config.get("shift") or shift)
     held, _ = run.split_rows(len(data.rows))
     with tempfile.TemporaryDirectory() as tmp:
         out = pathlib.Path(tmp)
         (out / "samples").mkdir()
         whole = contextlib.nullcontext()
-        figures = run.sheet(out, model, vae, adapter, data, held, 1, len(held), ts, whole, 0)
+        how = 1, len(held), ts, whole
+        figures = run.sheet(out, model, vae, adapter, data, held, how, 0)
     shown = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
     print("\n".join([f"{folder}: {shown}", *warnings_of(figures)]), flush=True)
     return figures

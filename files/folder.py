@@ -4,19 +4,20 @@ import itertools
 import json
 import pathlib
 import sys
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from files.clips import VIDEOS, animated, read_frames
 from files.disk import UserError
-from files.pictures import HEIC, SUFFIXES, crop, load_image, reads_heic
+from files.pictures import HEIC, SUFFIXES, crop, format_of, load_image, reads_heic
 
 LONGEST = 128  # frames of a clip that training takes, its first
 NO_CAPTION = (
     "no picture in {} has a caption: write one for each, in metadata.jsonl "
     '({{"file_name": "a.jpg", "text": "a farm in autumn"}}) or in a.txt beside a.jpg, or give one '
-    'for all, --src "a photograph of a farm"'
+    'for all, --src "a photograph of a farm in summer"'
 )
 
 
@@ -35,7 +36,7 @@ def find(folder, frames: int | None = None, without: Iterable = ()) -> tuple[lis
     outside = {w for w in outside if folder.resolve() in w.parents}
     paths = set()
     for p in folder.rglob("*"):
-        known = p.suffix.lower() in SUFFIXES | VIDEOS.keys()
+        known = p.suffix.lower() in SUFFIXES | VIDEOS.keys() and not p.name.startswith(".")
         if known and p.is_file() and outside.isdisjoint(p.resolve().parents):
             paths.add(p.relative_to(folder))
     clips = {p for p in paths if p.suffix.lower() in VIDEOS}
@@ -70,15 +71,36 @@ def leave_out(paths: set, kind: str, instead: str) -> None:
         )
 
 
-def check_names(folder: pathlib.Path, names: set, paths: list) -> None:
-    """Raises UserError where a .jsonl file names what is neither used nor left out."""
-    for name in sorted(names - {p.as_posix() for p in paths}):
+def lines_of(folder: pathlib.Path, lines: dict[str, dict], paths: list) -> dict[str, dict]:
+    """The lines of a .jsonl file that are of `paths`, without those of what `find` left out. Raises
+    UserError where one names anything else."""
+    used = {name_of(p) for p in paths}
+    clips_used = all(is_clip(folder / p) for p in paths)
+    for name in sorted(lines.keys() - used):
         path = folder / name
-        if path.suffix.lower() not in SUFFIXES | VIDEOS.keys() or not path.is_file():
+        if not path.is_file() or not is_other(path, clips_used):
             raise UserError(
                 f"{folder}: a .jsonl file names '{one_line(name)}', which is no image of this "
                 "folder; correct or remove the line"
             )
+    return {name: line for name, line in lines.items() if name in used}
+
+
+def is_clip(path: pathlib.Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in VIDEOS or animated(path)
+
+
+def is_other(path: pathlib.Path, clips_used: bool) -> bool:
+    """Whether a file is of the kind that is left out: a picture among clips, or the reverse, or
+    HEIC."""
+    kind = path.suffix.lower()
+    return kind in HEIC or is_clip(path) != clips_used and kind in SUFFIXES | VIDEOS.keys()
+
+
+def name_of(path) -> str:
+    """A file's name as .jsonl files have it: relative, without "./", in one Unicode form (Mac
+    systems write umlauts in another)."""
+    return unicodedata.normalize("NFC", pathlib.PurePath(path).as_posix())
 
 
 def read_jsonl(path: pathlib.Path, fields: Iterable[str]) -> dict[str, dict]:
@@ -96,7 +118,10 @@ def read_jsonl(path: pathlib.Path, fields: Iterable[str]) -> dict[str, dict]:
             raise UserError(f"{path}, line {n}: is no JSON object")
         if missing:
             raise UserError(f"{path}, line {n}: the field '{missing[0]}' is missing or no string")
-        rows[row["file_name"]] = row
+        name = name_of(row["file_name"])
+        if name in rows:
+            raise UserError(f"{path}, line {n}: '{one_line(name)}' has a line already; keep one")
+        rows[name] = row
     return rows
 
 
@@ -105,7 +130,7 @@ def caption_of(path: pathlib.Path, line: dict | None) -> str | None:
     if line:
         return line["text"]
     note = path.with_suffix(".txt")
-    return note.read_text("utf-8-sig", "replace").strip() if note.exists() else None
+    return note.read_text("utf-8-sig", "replace").strip() or None if note.exists() else None
 
 
 def one_line(text: str, width: int = 90) -> str:
@@ -125,7 +150,7 @@ def report(folder, rows: list[dict], files: int, captioned: int, tuples: int, sr
         for kind in ("src", "instr", "tgt", "undo"):
             print(f"  {kind:5} {one_line(row[kind])}", file=sys.stderr)
     if src:
-        task = "one caption for all: take out yourself what already is as it is asked for"
+        task = "one caption for all: remove pictures that already show the edit yourself"
         print(f"note: {task}", file=sys.stderr)
     elif bare := files - captioned - tuples:
         print(f'warning: {bare} without a caption count as "a picture"', file=sys.stderr)
@@ -179,6 +204,8 @@ def jobs(source: pathlib.Path, output: str | None, frames: int, asked: int | Non
     clip = one_clip or source.suffix.lower() in VIDEOS or animated(source)
     default = f"edited{source.suffix}" if clip else "edited.png"
     target = pathlib.Path(output or default)
+    if not clip:
+        format_of(target)  # before anything is loaded
     return target, [(source, target)], clip
 
 

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from files.disk import UserError, replacing
+from files.disk import UserError, replacing, why
 
 HEIC = {".heic", ".heif"}  # what iPhones write; Pillow reads it by pillow-heif
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"} | HEIC
@@ -130,10 +130,20 @@ def load_image(path: pathlib.Path, size: tuple[int, int] | None = None) -> np.nd
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = upright(Image.open(path))
     except BROKEN as error:
-        raise UserError(f"{path}: cannot be read as an image ({type(error).__name__}: {error})")
+        raise UserError(f"{path}: cannot be read as an image ({why(error)})")
     if size is None:
         return picture
     return crop(picture, size)
+
+
+def format_of(path: pathlib.Path) -> str:
+    """Pillow's format of a suffix. Raises UserError where it has none to write."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE:
+        raise UserError(
+            f"{path}: no picture can be written under this name; end it in .png, .jpg or .webp", 2
+        )
+    return kind
 
 
 def write_image(path: str | pathlib.Path, picture: np.ndarray | Image.Image) -> None:
@@ -142,11 +152,7 @@ def write_image(path: str | pathlib.Path, picture: np.ndarray | Image.Image) -> 
     Raises UserError where Pillow has no format for the suffix, or the file cannot be written.
     """
     path = pathlib.Path(path)
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE:
-        raise UserError(
-            f"{path}: no picture can be written under this name; end it in .png, .jpg or .webp", 2
-        )
+    kind = format_of(path)
     with replacing(path) as tmp:
         if not isinstance(picture, Image.Image):
             picture = Image.fromarray(picture)

@@ -16,6 +16,7 @@ from files.disk import UserError, why
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 LOCAL = int(os.environ.get("LOCAL_RANK", RANK))  # rank in this machine; its first speaks for all
+LOCALS = int(os.environ.get("LOCAL_WORLD_SIZE", RANKS))  # ranks in this machine
 
 
 def meet(device: torch.device) -> None:
@@ -29,22 +30,24 @@ def meet(device: torch.device) -> None:
 
 
 def guard(command: str, main: Callable) -> None:
-    """Runs a command: what goes wrong in the user's world becomes one sentence and an exit code, by
-    one rank of each machine; at the end the other ranks are left."""
+    """Runs a command: what goes wrong in the user's world becomes one sentence and an exit code; at
+    the end the other ranks are left."""
     code = 0
     try:
         main()
-    except UserError as error:
-        said, code = str(error), error.code
-    except torch.OutOfMemoryError as error:
-        said, code = f"{why(error)} Try a smaller --batch or --size.", 1
+    except UserError as error:  # all ranks meet it, so one of each machine says it
+        said, code = "" if LOCAL else str(error), error.code
+    except RuntimeError as error:  # of MPS it has no class of its own
+        if "out of memory" not in str(error):
+            raise
+        said, code = f"{why(error)} Try a smaller --size or, to train, --batch.", 1
     except KeyboardInterrupt:  # while pictures are read; in the loop the step is ended and saved
         said, code = "", 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if code:
-        if said and not LOCAL:
+        if said:
             print(f"{command}: {said}", file=sys.stderr)
         sys.exit(code)
 

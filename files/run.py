@@ -108,9 +108,13 @@ def begin_adapter(model: MMDiT, rank: int, o) -> Adapter:
     run = o.out if o.resume else o.init
     if run:
         old = load_adapter(pathlib.Path(run) / "adapter.safetensors", model)
-        rank = max(len(v) for name, v in old.items() if "lora_A" in name)
+        rank = rank_of(old)
     adapter = new_adapter(model, rank, video=o.frames > 1) | old
     return {name: v.requires_grad_() for name, v in adapter.items()}
+
+
+def rank_of(adapter: Adapter) -> int:
+    return max(len(v) for name, v in adapter.items() if "lora_A" in name)
 
 
 def training_size(size: tuple, model: MMDiT, vae, resumed: pathlib.Path | None) -> tuple[int, int]:
@@ -125,8 +129,9 @@ def fingerprint(latents: list[Tensor], rows: list[dict]) -> str:
     """A digest of all pictures and prompts."""
     digest = hashlib.sha256()
     for z, row in zip(latents, rows):
-        digest.update(z.numpy().tobytes())
-        digest.update(json.dumps(row | {"path": row["path"].name}).encode())
+        path = row["path"]
+        size = path.stat().st_size if path.is_file() else len(z)  # latents differ between machines
+        digest.update(json.dumps(row | {"path": path.name, "size": size}).encode())
     return digest.hexdigest()[:16]
 
 
@@ -206,12 +211,11 @@ def open_log(out: pathlib.Path, step: int):
 
 
 def save(out: pathlib.Path, adapter: Adapter, average: Adapter, opt, rng, step: int, base: str):
-    """The averaged adapter, which edits; the checkpoint, which --resume goes on from; the page."""
+    """The averaged adapter, which edits; the checkpoint, which --resume goes on from."""
     if RANK:
         return
     edits = {key_in_file(k): v for k, v in average.items()}
-    ranks = [v.shape[0] for k, v in adapter.items() if "lora_A" in k]
-    meta = {"base": base, "rank": max(ranks), "step": step, "format": "pt", "note": NOTE}
+    meta = {"base": base, "rank": rank_of(adapter), "step": step, "format": "pt", "note": NOTE}
     write_tensors(out / "adapter.safetensors", edits, **meta)
     state = {"rng": rng.get_state()}
     for k, p in adapter.items():
@@ -220,7 +224,6 @@ def save(out: pathlib.Path, adapter: Adapter, average: Adapter, opt, rng, step: 
         for part, v in opt.state.get(p, {}).items():
             state[f"{part}.{k}"] = v
     write_tensors(out / "checkpoint.safetensors", state, step=step)
-    page(out)
 
 
 def restore(out: pathlib.Path, adapter: Adapter, average: Adapter, opt, rng) -> int:
@@ -254,23 +257,13 @@ def fit(v: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sheet(
-    out,
-    model,
-    vae,
-    average,
-    data,
-    held,
-    frames: int,
-    few: int,
-    ts,
-    autocast,
-    step: int,
-    warns=False,
-) -> dict[str, float]:
-    """Writes the sample sheet: the held-back sources, their edits, and the edits undone; `few` at a
-    time, as in a step. -> undone: PSNR of the edit undone to the source, dB; likelier: share of the
+def sheet(out, model, vae, average, data, held, how: tuple, step: int, late=False) -> dict:
+    """Writes the sample sheet: the held-back sources, their edits, and the edits undone.
+
+    how: frames of a clip; pictures or clips at a time, as in a step; time grid; autocast; late: see
+    `warnings_of`. -> undone: PSNR of the edit undone to the source, dB; likelier: share of the
     edits that the base finds likelier under the target caption; surprise: see `judge`"""
+    frames, few, ts, autocast = how
     if RANK:
         return {}
     device = model.proj_out.weight.device
@@ -301,7 +294,7 @@ def sheet(
         "likelier": (torch.cat(margins) > 0).float().mean().item(),
         "surprise": torch.cat(surprises).mean().item(),
     }
-    for text in warnings_of(figures) if warns else ():
+    for text in warnings_of(figures, late):
         say(f"warning: step {step}: {text}")
     return figures
 
@@ -314,6 +307,8 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def page(out: pathlib.Path) -> None:
     """Writes index.html, which opens from disk: pictures over the steps, curves, prompts."""
+    if RANK:
+        return
     lines = (out / "log.jsonl").read_text("utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     every = max(1, len(log) // 1000)
@@ -354,7 +349,7 @@ def read_run(folder: pathlib.Path) -> dict:
     good = isinstance(config.get("base"), str)
     good &= isinstance(config.get("instr"), str | None)
     good &= isinstance(frames, int) and 0 < frames < 1000
-    good &= isinstance(config.get("shift", 1.0), float)
+    good &= isinstance(config.get("shift"), float | None)
     good &= isinstance(size, list) and len(size) == 2
     good = good and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
     good = good and isinstance(held, list) and len(held) > 0
@@ -397,4 +392,5 @@ def load_adapter(path: pathlib.Path, model: MMDiT) -> Adapter:
                 f"{path}: does not fit this base at '{key}'; it was trained on another (--base), "
                 "or by an older nanoByG"
             )
-    return {name: tensors[key].to(like[name]) for key, name in names.items()}
+    # copies, for Windows writes over no file that is mapped
+    return {name: tensors[key].to(like[name], copy=True) for key, name in names.items()}

@@ -12,6 +12,7 @@ from files.disk import ROOT, UserError, open_tensors, read_json, why
 from frozen.text import CLIPText, Text, Tokenizer
 from frozen.vae import VAE
 from model import MMDiT
+from routing import time_grid
 
 NAMED = {  # bases one can ask for by a short name
     "tiny": str(ROOT / "tiny" / "checkpoint"),
@@ -306,11 +307,16 @@ def edit_size(picture, model: MMDiT, vae: VAE, size: tuple | None = None) -> tup
     return working_size(h, w, model, vae, min((h * w) ** 0.5, vae.factor * model.sample_size))
 
 
-def shift_at(size: tuple[int, int], shift: float, model: MMDiT, vae: VAE) -> float:
-    """The shift of the time grid for pictures of `size` (h, w): the base's own is for its own size,
-    and falls in proportion to the side (arXiv 2403.03206, Eq. 23), to 1 at least."""
-    share = (size[0] * size[1]) ** 0.5 / (vae.factor * model.sample_size)
-    return max(1.0, shift * share)
+def shift_at(latents: torch.Tensor, shift: float, model: MMDiT) -> float:
+    """The shift of the time grid for latents (..., h, w): the base's own is for pictures of its own
+    size, and grows with the side (arXiv 2403.03206, Eq. 23), from 1 on."""
+    h, w = latents.shape[-2:]
+    return max(1.0, shift * (h * w) ** 0.5 / model.sample_size)
+
+
+def edit_grid(x: torch.Tensor, model: MMDiT, shift: float, own=None, steps=None) -> torch.Tensor:
+    """The time grid of an edit of latents x; shift: the base's; own: --shift; steps: --steps."""
+    return time_grid(steps or edit_steps(model), own or shift_at(x, shift, model))
 
 
 def edit_steps(model: MMDiT) -> int:

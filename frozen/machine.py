@@ -5,7 +5,7 @@ import sys
 import torch
 
 from files.disk import UserError, why
-from files.ranks import LOCAL
+from files.ranks import LOCAL, LOCALS
 from frozen.load import NAMED, build_part, check_family, find_base, load_base
 from frozen.text import Text
 from frozen.vae import VAE
@@ -29,9 +29,9 @@ def choose_device(name: str | None = None, base: str = "auto") -> torch.device:
     if kind in ("cpu", "mps"):
         return torch.device(kind)
     count = torch.accelerator.device_count()
-    index = int(number or LOCAL)
-    if index >= count:
-        few = f"{kind}:{index} is asked for, but this machine has {count}"
+    index, last = int(number or LOCAL), int(number or LOCALS - 1)
+    if last >= count:
+        few = f"{kind}:{last} is asked for, but this machine has {count}"
         raise UserError(f"{few}; give torchrun --nproc_per_node {count}, or another --device", 2)
     torch.accelerator.set_device_index(index)
     return torch.device(kind, index)
@@ -132,6 +132,7 @@ def compile_blocks(model: MMDiT, device: torch.device) -> None:
     """torch.compile, block by block; where it does not work, a warning."""
     # A block's kinds, times: adapter or none, with and without gradient.
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.suppress_errors = True  # what fails later runs as it is
     try:
         torch.compile(torch.sin)(torch.ones(1, device=device))  # needs Triton, or a C compiler
         for block in model.transformer_blocks:

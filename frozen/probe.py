@@ -2,6 +2,7 @@
 whether the edits are what was asked for; and what a run will cost."""
 
 import itertools
+import math
 import sys
 import time
 
@@ -16,8 +17,8 @@ from model import Adapter, MMDiT, Prompt
 from routing import noise
 
 TIMES = (0.95, 0.8, 0.6, 0.4, 0.2)  # the text acts mostly on the first: all are asked at
-PICTURES = 8  # for the probe
-PATIENCE = 60  # seconds for the probe; then it ends with the times it has
+PICTURES = 8  # for the probe, or as many as it has the patience for
+PATIENCE = 60  # seconds
 
 # Of the embedded base's edits those it knows have a share above 0.6, those it does not know below
 # 0.3; snowfall, which falls elsewhere under every noise, has an agreement of 0.65, others above 0.7
@@ -35,14 +36,15 @@ def probe(model: MMDiT, data, rows: Tensor) -> tuple[list[dict], float]:
     """The cue of the first few of `rows`, by t, largest first: strength |v_tgt - v_src| / |v_src|;
     share, the same over |v_src - v_null|, what the whole caption brings; agreement, the cosine of
     v_tgt - v_src under two noises. -> a dict for each t, seconds of one picture's pass"""
-    rows, device = rows[:PICTURES], model.proj_out.weight.device
-    x = torch.cat([data.latents[i][:1] for i in rows]).to(device)  # of a clip its first frame
+    device = model.proj_out.weight.device
+    x = torch.cat([data.latents[i][:1] for i in rows[:PICTURES]]).to(device)  # a clip's first frame
+    rows = rows[: affordable(model, x[:1], data.prompt("src", rows[:1], device))]
+    x = x[: len(rows)]
     src, tgt, null = (data.prompt(kind, rows, device) for kind in ("src", "tgt", "null"))
     generator = torch.Generator().manual_seed(2)
     noises = [noise(len(x), 1, x.shape[1:], generator).to(device) for _ in range(2)]
     table, begun = [], time.monotonic()
     for t in TIMES:
-        start = time.monotonic()
         changes = []
         for eps in noises:
             x_t = torch.lerp(x, eps, t)
@@ -59,10 +61,18 @@ def probe(model: MMDiT, data, rows: Tensor) -> tuple[list[dict], float]:
             "agreement": F.cosine_similarity(*changes).mean(),
         }
         table.append({"t": t} | {name: round(v.item(), 3) for name, v in figures.items()})
-        now = time.monotonic()
-        if now - begun > PATIENCE:
-            break
-    return table, (now - start) / (6 * len(x))
+    return table, (time.monotonic() - begun) / (6 * len(TIMES) * len(x))
+
+
+def affordable(model: MMDiT, x: Tensor, prompt: Prompt) -> int:
+    """How many pictures the probe has time for, by a pass of the one in x; the first warms up."""
+    t = torch.ones(1, device=x.device)
+    for _ in range(2):
+        begun = time.monotonic()
+        (v,) = teacher(model, t, (x, prompt))
+        v.sum().item()  # waits for the device
+    seconds = 6 * len(TIMES) * (time.monotonic() - begun)  # of a picture in the probe
+    return max(1, min(PICTURES, int(PATIENCE / seconds)))
 
 
 def verdict(table: list[dict], src: str, tgt: str) -> str:
@@ -124,9 +134,14 @@ def square(error: Tensor) -> Tensor:
     return error.pow(2).flatten(1).mean(1)
 
 
-def warnings_of(figures: dict) -> list[str]:
-    """What a sheet's figures (files/run.py) say of the run, where it goes wrong."""
+def warnings_of(figures: dict, late: bool = True) -> list[str]:
+    """What a sheet's figures (files/run.py) say of the run, where it goes wrong. late: in the
+    second half of a run; before, the edit need not be there"""
     said = []
+    if not math.isfinite(figures["surprise"]):
+        return ["the edits are no numbers: try --dtype fp32, or bf16"]
+    if not late:
+        return []
     if figures["likelier"] <= 0.5:
         share = f"{100 * figures['likelier']:.0f} %"
         said.append(

@@ -163,7 +163,7 @@ def test_a_sheets_edit_is_the_edit_of_sample(few, tmp_path, monkeypatch):
     data = encode(rows, (64, 64), 1, vae, text, "cpu")
     adapter = {name: v + 0.02 * torch.randn_like(v) for name, v in new_adapter(model, 4).items()}
     held, ts = torch.tensor([2, 0]), time_grid(3, shift)
-    run.sheet(tmp_path, model, vae, adapter, data, held, 1, 1, ts, nullcontext(), 0)  # one each
+    run.sheet(tmp_path, model, vae, adapter, data, held, (1, 1, ts, nullcontext()), 0)  # one each
     x = torch.cat([data.latents[2], data.latents[0]])
     eps = noise(2, 1, x.shape[1:], torch.Generator().manual_seed(1))
     y = edit(model, adapter, x, text([rows[i]["instr"] for i in (2, 0)]), eps, ts)
@@ -221,11 +221,16 @@ def test_sample_edits_photographs_of_any_size_and_mode_each_under_its_own_name(t
     camera.save(inputs / "camera.png")
     camera.save(inputs / "camera.jpg")  # a namesake
     Image.fromarray(photos.coffee()[:50]).save(inputs / "coffee.png")
+    Image.fromarray(photos.coffee()[:25, :130]).save(inputs / "narrow.png")  # wider than the base
+    Image.fromarray(photos.coffee()[:50, :61]).save(inputs / "small.png")  # comes out as it is
     command = ["sample.py", "--run", trained[0], "--input", inputs, *WINTER, "--steps", 2]
     done = call(*command, "--output", edited)
     assert done.returncode == 0 and "knows only its own world" in done.stderr, done.stderr
     names = {"astronaut.png", "camera.png", "camera.png.png", "coffee.png", "cmyk.png"}
-    assert {path.name for path in edited.iterdir()} == names
+    assert {path.name for path in edited.iterdir()} == names | {"narrow.png", "small.png"}
+    sizes = {name: Image.open(edited / f"{name}.png").size for name in ("small", "astronaut")}
+    assert sizes == {"small": (61, 50), "astronaut": (64, 64)}
+    assert "512x512 pixels edited at 64x64" in done.stderr
 
 
 def test_an_editor_of_pictures_takes_a_clip_frame_by_frame(trained, tmp_path):

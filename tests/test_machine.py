@@ -74,9 +74,11 @@ def test_a_device_can_be_named_and_one_that_is_not_there_is_refused(pretend, mon
     assert str(machine.choose_device(None, "tiny")) == "cuda:1"
     with pytest.raises(UserError, match="--device mps: torch finds here cpu and cuda"):
         machine.choose_device("mps")
-    monkeypatch.setattr(machine, "LOCAL", 2)
-    with pytest.raises(UserError, match="has 2; give torchrun --nproc_per_node 2"):
-        machine.choose_device()
+    monkeypatch.setattr(machine, "LOCALS", 3)
+    for rank in range(3):  # each is refused, so that the first says it
+        monkeypatch.setattr(machine, "LOCAL", rank)
+        with pytest.raises(UserError, match="has 2; give torchrun --nproc_per_node 2"):
+            machine.choose_device()
     pretend("mps")
     assert str(machine.choose_device()) == "mps"
     assert str(machine.choose_device(None, "tiny")) == "cpu"
@@ -125,14 +127,15 @@ def test_one_line_says_what_was_chosen(capsys):
     assert capsys.readouterr().err == "tiny on cpu in bf16 (--base, --device, --dtype)\n"
 
 
-def test_memory_that_does_not_suffice_is_one_sentence(capsys):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # CUDA's, MPS'
+def test_memory_that_does_not_suffice_is_one_sentence(capsys, kind):
     def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        raise kind("Backend out of memory. Tried to allocate 2 GiB.\nmore")
 
     with pytest.raises(SystemExit) as end:
         ranks.guard("train.py", main)
     said = capsys.readouterr().err
-    assert end.value.code == 1 and said.count("\n") == 1 and "smaller --batch or --size" in said
+    assert end.value.code == 1 and said.count("\n") == 1 and "smaller --size" in said
 
 
 @pytest.mark.parametrize("kind, backend", [("cuda", "nccl"), ("cpu", "gloo")])

@@ -1,6 +1,8 @@
 """What the frozen base says, against what is known of its world: the words it was trained on, and
 the renderer's true edits."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,24 @@ def test_captions_that_are_cut_alike_are_found_by_their_tokens(base, capsys):
         check_captions([cut], text)
 
 
+def test_lines_of_jsonl_files_find_their_pictures_or_are_refused(few, tmp_path, capsys):
+    """Names with "./"; of what is left out; unknown ones; two for one picture."""
+    for name in ("a.png", "._a.png"):  # a Mac's shadow of it is no picture
+        (tmp_path / name).write_bytes((few / "000.png").read_bytes())
+    (tmp_path / "b.mp4").write_bytes(b"")
+    captions = tmp_path / "metadata.jsonl"
+    lines = [{"file_name": name, "text": "a house in autumn"} for name in ("./a.png", "b.mp4")]
+    captions.write_text("\n".join(map(json.dumps, lines)))
+    (path,) = paths = find(tmp_path)[0]
+    assert path.name == "a.png" and "clips left out: 1 (b.mp4)" in capsys.readouterr().err
+    (row,) = read_prompts(tmp_path, paths, "make it winter")
+    assert row["src"] == "a house in autumn"
+    for name, words in (("A.png", "names 'A.png'"), ("a.png", "line 3: 'a.png' has a line")):
+        captions.write_text("\n".join(map(json.dumps, [*lines, lines[0] | {"file_name": name}])))
+        with pytest.raises(UserError, match=words):
+            read_prompts(tmp_path, paths, "make it winter")
+
+
 def test_off_the_embedded_base_pictures_want_captions(few, tmp_path, capsys):
     (tmp_path / "a.png").write_bytes((few / "000.png").read_bytes())
     (tmp_path / "b.png").write_bytes((few / "001.png").read_bytes())
@@ -120,7 +140,7 @@ def test_off_the_embedded_base_pictures_want_captions(few, tmp_path, capsys):
     with pytest.raises(UserError, match="metadata.jsonl .* or in a.txt .* or give one for all"):
         read_prompts(tmp_path, paths, "make it winter", strict=True)
     assert len(read_prompts(tmp_path, paths, "make it winter", "a farm", strict=True)) == 2
-    assert "take out yourself" in capsys.readouterr().err
+    assert "remove pictures that already" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("a farm in autumn")
     rows = read_prompts(tmp_path, paths, "make it winter", strict=True)
     assert [row["src"] for row in rows] == ["a farm in autumn", "a picture"]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import sys
 import unicodedata
@@ -78,7 +79,7 @@ def lines_of(folder: pathlib.Path, lines: dict[str, dict], paths: list) -> dict[
     clips_used = all(is_clip(folder / p) for p in paths)
     for name in sorted(lines.keys() - used):
         path = folder / name
-        if not path.is_file() or not is_other(path, clips_used):
+        if not os.path.isfile(path) or not is_other(path, clips_used):  # bears any name
             raise UserError(
                 f"{folder}: a .jsonl file names '{one_line(name)}', which is no image of this "
                 "folder; correct or remove the line"

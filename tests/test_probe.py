@@ -127,7 +127,11 @@ def test_lines_of_jsonl_files_find_their_pictures_or_are_refused(few, tmp_path, 
     assert path.name == "a.png" and "clips left out: 1 (b.mp4)" in capsys.readouterr().err
     (row,) = read_prompts(tmp_path, paths, "make it winter")
     assert row["src"] == "a house in autumn"
-    for name, words in (("A.png", "names 'A.png'"), ("a.png", "line 3: 'a.png' has a line")):
+    for name, words in (
+        ("A.png", "names 'A.png'"),
+        ("a" * 5000, "names 'aaa"),
+        ("a.png", "line 3: 'a.png' has a line"),
+    ):
         captions.write_text("\n".join(map(json.dumps, [*lines, lines[0] | {"file_name": name}])))
         with pytest.raises(UserError, match=words):
             read_prompts(tmp_path, paths, "make it winter")

@@ -9,6 +9,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from files.folder import one_line
 from files.ranks import RANKS
@@ -102,9 +103,9 @@ def say(model: MMDiT, adapter: Adapter, data, rows: Tensor, recipe, frames: int)
     table, seconds = probe(model, data, rows)
     row = data.rows[rows[0]]
     pictures = recipe.batch // RANKS * frames
-    minutes = recipe.steps * pictures * passes(recipe) * seconds / 60
+    duration = tqdm.format_interval(recipe.steps * pictures * passes(recipe) * seconds)
     memory = gib(model, adapter, pictures, data.latents[0].shape[-2:], recipe)
-    cost = f"{recipe.steps} steps take about {minutes:.0f} minutes and {memory:.1f} GiB here"
+    cost = f"{recipe.steps} steps take about {duration} and {memory:.1f} GiB here (estimated)"
     print(f"{verdict(table, row['src'], row['tgt'])}\n{cost}", file=sys.stderr)
     return table
 

@@ -25,6 +25,7 @@ Adapter = dict[str, Tensor]  # new_adapter says what is in it
 Prompt = tuple[Tensor, Tensor]  # context (B, L, D_text), pooled (B, P)
 T5_ZEROS = 256  # diffusers' default max_sequence_length
 TEMPORAL_HEAD = 32  # width of a head of the attention between frames
+WIDE = 512  # a base wider than this is no toy: half precision, checkpointing, compile, 20 steps
 
 
 class Linear(nn.Linear):
@@ -112,7 +113,7 @@ class Attention(nn.Module):
             q = torch.cat([q, self.norm_added_q(q_text)], 2)
             k = torch.cat([k, self.norm_added_k(k_text)], 2)
             v = torch.cat([v, v_text], 2)
-        # under autocast the norms may run in float32, so q be of another dtype than v
+        # under autocast the norms may run in float32, and leave q in another dtype than v
         q, k = q.to(v.dtype), k.to(v.dtype)
         attend = F.scaled_dot_product_attention
         if context is not None:
@@ -385,7 +386,7 @@ def merged(model: MMDiT, adapter: Adapter) -> Adapter:
     weight = model.proj_out.weight
     half = weight.dtype != torch.float32
     half = half or torch.is_autocast_enabled(weight.device.type)
-    if half or model.width > 512:
+    if half or model.width > WIDE:
         return adapter
     out = {k: v for k, v in adapter.items() if "lora_" not in k}
     for name, module in model.named_modules():

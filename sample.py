@@ -32,7 +32,7 @@ from frozen import machine
 from frozen.load import edit_grid, edit_size
 from frozen.text import Text
 from frozen.vae import VAE, to_images, to_pixels
-from model import Adapter, MMDiT, Prompt, merged
+from model import WIDE, Adapter, MMDiT, Prompt, merged
 from routing import Velocity, editor, integrate, noise, time_grid
 
 
@@ -87,8 +87,9 @@ class Loaded:  # what an edit needs
         frames = len(x)
         rng = torch.Generator().manual_seed(self.o.seed)
         eps = noise(1, frames, x.shape[1:], rng).to(device)
-        words = self.text([instruction, ""])
-        prompt, null = (tuple(a[i].expand(frames, *a.shape[1:]) for a in words) for i in (0, 1))
+        asked = [instruction, ""] if self.o.guidance != 1 else [instruction]
+        words = [tuple(a.expand(frames, *a.shape[1:]) for a in self.text([w])) for w in asked]
+        prompt, null = words[0], words[-1]  # without guidance null is not looked at
         ts = edit_grid(x, self.model, self.shift, self.config.get("shift"), self.o.steps)
         with self.autocast:
             y = edit(self.model, self.adapter, x, prompt, eps, ts, frames, null, self.o.guidance)
@@ -120,7 +121,7 @@ def load(o: argparse.Namespace) -> Loaded:
     model, vae, text, shift, autocast = machine.open_chosen(o.base or config["base"], o)
     if own and o.instr not in (None, own):
         note(f'{run} was trained for "{own}" alone; "{o.instr}" may do nothing, or that')
-    if o.input and model.width < 512:
+    if o.input and model.width <= WIDE:
         note("the embedded base knows only its own world of little houses, and no photographs")
     with autocast:
         adapter = merged(model, load_adapter(run / "adapter.safetensors", model))
@@ -168,8 +169,7 @@ def edit_files(e: Loaded, o: argparse.Namespace, frames: int) -> str:
             if clips:
                 edit_clip(path, where, frames, e.size_of, lambda window: e.edit(window, instr))
             else:
-                if path != source:
-                    where = free_name(where, written)
+                where = where if path == source else free_name(where, written)
                 write_image(where, e.edit_alone(load_image(path), instr))
             written.add(where)
         except UserError as error:

@@ -37,10 +37,10 @@ from files.disk import UserError
 from files.folder import find
 from files.options import need_positive, pixels, recall
 from frozen import machine, probe
-from frozen.load import edit_grid, shift_at
+from frozen.load import edit_grid
 from losses import byg_loss, cosine_cue, delta_cue, identity_loss
-from model import Adapter, merged
-from routing import ROUTES, time_grid
+from model import WIDE, Adapter, merged
+from routing import ROUTES
 
 # delta-own: under the state's noise, for snowfall and the like; winter loses 19 points (measured)
 CUES = ("delta", "delta-own", "cosine")
@@ -74,7 +74,7 @@ RECIPES = {
     "default": Recipe(),  # on a base wider than the embedded one "sd3.5"
     "sd3.5": Recipe(  # untried on its base; on the embedded one: docs/method.md
         steps=2_000,  # the paper sees edits from about 1,000 on
-        batch=8,  # the paper's; 10 GiB at 512 pixels
+        batch=8,  # the paper's; 9.2 GiB at 512 pixels, computed
         lr=3e-4,  # the paper's; its 1,536 inputs move an output together, so no faster
         muon=False,  # its rate was found on the embedded base alone
         warmup=100,
@@ -253,7 +253,7 @@ def main():
         rows = read_prompts(o.data, paths, o.instr, o.src, o.tgt, o.undo, of_photos)
         run.claim(out, o.resume)
         model, vae, text, shift, half = machine.open_base(o.base, device, o.dtype)
-        wide = model.width > machine.WIDE
+        wide = model.width > WIDE
         recipe = choose_recipe(o, wide, clips)
         size = run.training_size(o.size, model, vae, out if o.resume else None)
         check_captions(rows, text)
@@ -273,7 +273,8 @@ def main():
     rng = torch.Generator().manual_seed(o.seed)  # of everything that is drawn in the loop
     first = run.restore(out, adapter, average, opt, rng) if o.resume else 0
 
-    ts = time_grid(recipe.n, o.shift or shift_at(data.latents[0], shift, model)).to(device)
+    grid = partial(edit_grid, data.latents[0], model, shift, o.shift)
+    ts = grid(recipe.n).to(device)
     cue = cosine_cue
     if recipe.cue != "cosine":
         cue = partial(delta_cue, guidance=recipe.guidance)
@@ -289,8 +290,7 @@ def main():
 
     # What a run's folder begins with; rank 0 alone writes.
     run.begin(out, config, data, held_rows)
-    grid = edit_grid(data.latents[0], model, shift, o.shift)
-    how = o.frames, recipe.batch // ranks.RANKS, grid, autocast
+    how = o.frames, recipe.batch // ranks.RANKS, grid(), autocast
     write_sheet = partial(run.sheet, out, model, vae, average, data, held_rows, how)
     if first == 0:
         write_sheet(0)
@@ -336,7 +336,8 @@ def main():
         ranks.show(bar, seen | figures)
         line = {"step": step, "lr": rate, "norm": norm, "seconds": round(time.time() - begun, 2)}
         log.write(json.dumps(line | figures) + "\n")
-        rare = wide and step < recipe.steps and time.time() - saved < 1200  # a save is 2 GB
+        # A wide base's save is 2 GB, so there is one in 20 minutes at most.
+        rare = wide and step < recipe.steps and time.time() - saved < 1200
         if due and not rare or halt or bad == 5:  # after its line: no saved run lacks one
             run.save(out, adapter, average, opt, rng, step, o.base)
             saved = time.time()

@@ -23,9 +23,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from data import encode, read_prompts  # noqa: E402
 from files import run  # noqa: E402
 from files.folder import find  # noqa: E402
-from frozen.load import edit_steps, load_base  # noqa: E402
+from frozen.load import edit_grid, load_base  # noqa: E402
 from frozen.probe import probe, verdict, warnings_of  # noqa: E402
-from routing import time_grid  # noqa: E402
 
 INSTRUCTIONS = (
     "make it winter",
@@ -58,7 +57,7 @@ def look_at(o, base, folder):
     config = run.read_run(folder)
     data = encoded(o, base, config["instr"], tuple(config["size"]))
     adapter = run.load_adapter(folder / "adapter.safetensors", model)
-    ts = time_grid(edit_steps(model), config.get("shift") or shift)
+    ts = edit_grid(data.latents[0], model, shift, config.get("shift"))
     held, _ = run.split_rows(len(data.rows))
     with tempfile.TemporaryDirectory() as tmp:
         out = pathlib.Path(tmp)

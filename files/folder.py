@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from files.clips import VIDEOS, animated, read_frames
-from files.disk import UserError
+from files.disk import UserError, note
 from files.pictures import HEIC, SUFFIXES, crop, format_of, load_image, reads_heic
 
 LONGEST = 128  # frames of a clip that training takes, its first
@@ -151,8 +151,7 @@ def report(folder, rows: list[dict], files: int, captioned: int, tuples: int, sr
         for kind in ("src", "instr", "tgt", "undo"):
             print(f"  {kind:5} {one_line(row[kind])}", file=sys.stderr)
     if src:
-        task = "one caption for all: remove pictures that already show the edit yourself"
-        print(f"note: {task}", file=sys.stderr)
+        note("one caption for all: remove pictures that already show the edit yourself")
     elif bare := files - captioned - tuples:
         print(f'warning: {bare} without a caption count as "a picture"', file=sys.stderr)
 
@@ -208,6 +207,11 @@ def jobs(source: pathlib.Path, output: str | None, frames: int, asked: int | Non
     if not clip:
         format_of(target)  # before anything is loaded
     return target, [(source, target)], clip
+
+
+def files_of(path: pathlib.Path) -> list[pathlib.Path]:
+    """The file of a row, or the files in its folder of numbered pictures."""
+    return [file for file in (path, *path.glob("*")) if file.is_file()]
 
 
 def free_name(where: pathlib.Path, written: set) -> pathlib.Path:

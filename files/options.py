@@ -27,7 +27,8 @@ def need_positive(p: argparse.ArgumentParser, o: argparse.Namespace, names: list
 def recall(p: argparse.ArgumentParser, o: argparse.Namespace) -> None:
     """--resume: makes the options of the run in --out the defaults."""
     begun = read_run(pathlib.Path(o.out))
-    begun |= {"out": o.out, "size": "x".join(map(str, begun["size"])), "device": None}
+    begun |= {"out": o.out, "size": "x".join(map(str, begun["size"]))}
+    begun["device"] = None  # another machine may go on
     for name, value in begun.items():
         if name in vars(o) and value is not None:
             p.set_defaults(**{name: value if isinstance(value, bool) else str(value)})

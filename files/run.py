@@ -20,6 +20,7 @@ from files.clips import write_sheets
 from files.disk import (
     ROOT,
     UserError,
+    note,
     read_json,
     read_tensors,
     replacing,
@@ -27,6 +28,7 @@ from files.disk import (
     write,
     write_tensors,
 )
+from files.folder import files_of
 from files.pictures import write_image
 from files.ranks import RANK, say
 from frozen.load import NAMED, working_size
@@ -86,15 +88,15 @@ def begin(out: pathlib.Path, config: dict, data, held: Tensor) -> None:
     for n, i in enumerate(held.tolist()):  # copied: a run may be published, and --data be gone
         row = data.rows[i]
         path = row["path"]
-        for file in filter(pathlib.Path.is_file, [path, *path.glob("*")]):
+        for file in files_of(path):
             with replacing(out / "held" / str(n) / file.relative_to(path.parent)) as tmp:
                 shutil.copyfile(file, tmp)  # piecewise: a film may be larger than the memory
         shown.append(row | {"path": f"held/{n}/{path.name}"})
-    made = origin() | {"fingerprint": fingerprint(data.latents, data.rows)}
+    made = origin() | {"fingerprint": fingerprint(data.rows)}
     if config["resume"]:
         before = read_run(out)
         config = config | {"probe": before.get("probe")}
-        if made["fingerprint"] not in json.dumps(before):
+        if before["made"].get("fingerprint") != made["fingerprint"]:
             other = f"these are not the pictures and prompts that the run in {out} was begun with"
             print(f"warning: {other}", file=sys.stderr)
     write(out / "config.json", config | {"held": shown, "made": made})
@@ -125,12 +127,13 @@ def training_size(size: tuple, model: MMDiT, vae, resumed: pathlib.Path | None) 
     return working_size(*size, model, vae, min(vae.factor * model.sample_size, side))
 
 
-def fingerprint(latents: list[Tensor], rows: list[dict]) -> str:
-    """A digest of all pictures and prompts."""
+def fingerprint(rows: list[dict]) -> str:
+    """A digest of the prompts, and of the files' names and sizes: their latents would differ from
+    one processor to another."""
     digest = hashlib.sha256()
-    for z, row in zip(latents, rows):
+    for row in rows:
         path = row["path"]
-        size = path.stat().st_size if path.is_file() else len(z)  # latents differ between machines
+        size = sum(file.stat().st_size for file in files_of(path))
         digest.update(json.dumps(row | {"path": path.name, "size": size}).encode())
     return digest.hexdigest()[:16]
 
@@ -271,7 +274,7 @@ def sheet(out, model, vae, average, data, held, how: tuple, step: int, late=Fals
     noises = noise(len(held), frames, shape, torch.Generator().manual_seed(1))
     with autocast:
         adapter = merged(model, average)
-    columns, margins, surprises = [[], [], []], [], []
+    columns, judged = [[], [], []], []
     for some, eps in zip(held.split(few), noises.split(few * frames)):
         x, eps = torch.cat([data.latents[i][:frames] for i in some]).to(device), eps.to(device)
         rows = some.repeat_interleave(frames)
@@ -279,9 +282,7 @@ def sheet(out, model, vae, average, data, held, how: tuple, step: int, late=Fals
         with autocast:
             *_, y = integrate(editor(model, adapter, instr, x, frames), eps, ts)
             *_, back = integrate(editor(model, adapter, undo, y, frames), eps, ts)
-            margin, surprise = judge(model, x, y, src, tgt)
-        margins.append(margin)
-        surprises.append(surprise)
+            judged.append(torch.stack(judge(model, x, y, src, tgt)))  # (2, few F)
         for column, state in zip(columns, (x, y, back)):
             column.append(to_images(vae.decode(state)))
     columns = [np.concatenate(column) for column in columns]
@@ -289,10 +290,11 @@ def sheet(out, model, vae, average, data, held, how: tuple, step: int, late=Fals
     picture = write_sheets(latest, columns, frames)
     for name in {"latest.png", f"{step:06d}.png"}:  # the card shows a still
         write_image(out / "samples" / name, picture)
+    margin, surprise = torch.cat(judged, 1)
     figures = {
         "undone": psnr(columns[0], columns[2]),
-        "likelier": (torch.cat(margins) > 0).float().mean().item(),
-        "surprise": torch.cat(surprises).mean().item(),
+        "likelier": (margin > 0).float().mean().item(),
+        "surprise": surprise.mean().item(),
     }
     for text in warnings_of(figures, late):
         say(f"warning: step {step}: {text}")
@@ -329,7 +331,7 @@ def find_run(name: str | None) -> pathlib.Path:
     run = pathlib.Path(name or "out")
     if not name and not run.exists():
         run = ROOT / "tiny" / "editor"
-        print("note: nothing is trained yet (out); this is the bundled editor", file=sys.stderr)
+        note("nothing is trained yet (out); this is the bundled editor")
     if not (run / "adapter.safetensors").exists():
         first = 'python train.py --data tiny/examples --instr "make it winter"'
         raise UserError(
@@ -344,12 +346,13 @@ def read_run(folder: pathlib.Path) -> dict:
     """config.json of a run. -> dict with base, instr (None: many), frames of a clip, size [h, w],
     and held, what was kept back. Raises UserError where one of them is not as train.py writes it.
     """
-    config = {"frames": 1, "instr": None} | read_json(folder / "config.json")
+    config = {"frames": 1, "instr": None, "made": {}} | read_json(folder / "config.json")
     size, held, frames = config.get("size"), config.get("held"), config["frames"]
     good = isinstance(config.get("base"), str)
     good &= isinstance(config.get("instr"), str | None)
     good &= isinstance(frames, int) and 0 < frames < 1000
     good &= isinstance(config.get("shift"), float | None)
+    good &= isinstance(config["made"], dict)
     good &= isinstance(size, list) and len(size) == 2
     good = good and all(isinstance(s, int) and 8 <= s <= 8192 for s in size)
     good = good and isinstance(held, list) and len(held) > 0

@@ -11,7 +11,7 @@ import torch
 from files.disk import ROOT, UserError, open_tensors, read_json, why
 from frozen.text import CLIPText, Text, Tokenizer
 from frozen.vae import VAE
-from model import MMDiT
+from model import WIDE, MMDiT
 from routing import time_grid
 
 NAMED = {  # bases one can ask for by a short name
@@ -315,11 +315,12 @@ def shift_at(latents: torch.Tensor, shift: float, model: MMDiT) -> float:
 
 
 def edit_grid(x: torch.Tensor, model: MMDiT, shift: float, own=None, steps=None) -> torch.Tensor:
-    """The time grid of an edit of latents x; shift: the base's; own: --shift; steps: --steps."""
+    """The time grid for latents x of a rollout or an edit; shift: the base's; own: --shift; steps:
+    None for those of an edit."""
     return time_grid(steps or edit_steps(model), own or shift_at(x, shift, model))
 
 
 def edit_steps(model: MMDiT) -> int:
     """The Euler steps of an edit: the paper's 20; on the embedded base 8, as many as the rollouts
     in training have, which are as good there."""
-    return 8 if model.width < 512 else 20
+    return 20 if model.width > WIDE else 8

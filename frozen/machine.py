@@ -4,15 +4,14 @@ import sys
 
 import torch
 
-from files.disk import UserError, why
+from files.disk import UserError, note, why
 from files.ranks import LOCAL, LOCALS
 from frozen.load import NAMED, build_part, check_family, find_base, load_base
 from frozen.text import Text
 from frozen.vae import VAE
-from model import MMDiT
+from model import WIDE, MMDiT
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WIDE = 512  # a base wider than this is not a toy: half precision, checkpointing, compile
 LICENCE = "the Stability AI Community License, https://stability.ai/license"
 
 
@@ -112,7 +111,7 @@ def open_base(
     precision = names[half or torch.float32]
     print(f"{base} on {device} in {precision} (--base, --device, --dtype)", file=sys.stderr)
     if device.type == "mps":
-        print("note: Apple's GPUs are untested; --device cpu if this goes wrong", file=sys.stderr)
+        note("Apple's GPUs are untested; --device cpu if this goes wrong")
     return *load_base(str(folder), device, weights), half
 
 

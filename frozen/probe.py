@@ -138,11 +138,11 @@ def square(error: Tensor) -> Tensor:
 def warnings_of(figures: dict, late: bool = True) -> list[str]:
     """What a sheet's figures (files/run.py) say of the run, where it goes wrong. late: in the
     second half of a run; before, the edit need not be there"""
-    said = []
     if not math.isfinite(figures["surprise"]):
         return ["the edits are no numbers: try --dtype fp32, or bf16"]
     if not late:
         return []
+    said = []
     if figures["likelier"] <= 0.5:
         share = f"{100 * figures['likelier']:.0f} %"
         said.append(

@@ -31,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tiny")]
 import scenes  # noqa: E402
 from frozen.load import load_base  # noqa: E402
+from frozen.machine import choose_device  # noqa: E402
 from frozen.vae import VAE, to_pixels  # noqa: E402
 from tiny.parts import MMDIT_CONFIG, MODEL_INDEX, SCHEDULER_CONFIG, VAE_CONFIG, build  # noqa: E402
 from train import Muon  # noqa: E402
@@ -55,11 +56,6 @@ def begins(prefix, tensors):
 
 
 # ---- the machine ---------------------------------------------------------------------------------
-def find_device():
-    """An accelerator (CUDA, ROCm, XPU, ...) where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def accelerated(device):
     """Whether to train in bf16, compiled, with workers, in large batches."""
     return device.type != "cpu"
@@ -112,7 +108,7 @@ def load_array(path, device):
 
 # ---- the autoencoder -----------------------------------------------------------------------------
 def cmd_vae(args):
-    start, device = time.time(), find_device()
+    start, device = time.time(), choose_device()
     images = load_array(args.work / "images.npy", device)
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG).to(device, memory_format=torch.channels_last)
@@ -234,7 +230,7 @@ def flow_optimizers(both, lr):
 
 def cmd_flow(args):
     """Flow matching: x_t = (1-t) x + t eps, target eps - x, logit-normal t."""
-    start, device = time.time(), find_device()
+    start, device = time.time(), choose_device()
     latents = load_array(args.work / "latents.npy", device)
     torch.manual_seed(0)
     model, text, _ = build(args.work)
@@ -296,7 +292,7 @@ def make_fast(model, text, device):
 def cmd_restore(args):
     """tiny/checkpoint -> tiny/work: what `vae` and `flow` would have left, so that another sitting
     of `flow` can follow."""
-    device = find_device()
+    device = choose_device()
     model, vae, text, _ = load_base("tiny", device)
     z = encode_all(vae, load_array(args.work / "images.npy", device))
     latents = (z - vae.shift) * vae.scaling
@@ -364,7 +360,7 @@ def main():
     parser.add_argument("--work", type=pathlib.Path, default=work, help="what the stages keep")
     parser.add_argument("--out", type=pathlib.Path, default=CHECKPOINT, help="of export")
     args = parser.parse_args()
-    args.batch = args.batch or (1024 if accelerated(find_device()) else 128)
+    args.batch = args.batch or (1024 if accelerated(choose_device()) else 128)
     globals()["cmd_" + args.stage](args)
 
 
